@@ -1,0 +1,31 @@
+"""moe-a2a: expert-parallel all-to-all for mixture-of-experts models.
+
+a2a = AllToAll(Config(num_experts=256, hidden_size=7168, top_k=8, max_tokens_per_rank=128))
+got = a2a.dispatch(x, topk_ids, topk_weights)
+out = a2a.combine(experts(got.x, got.counts), got.handle)
+"""
+
+from moe_a2a.all_to_all import AllToAll
+from moe_a2a.bootstrap import KeyValue
+from moe_a2a.config import Config, Options
+from moe_a2a.errors import ConfigError, EngineError, HandleError, InputError, MoeA2AError, RankLost
+from moe_a2a.types import Contiguous, Grouped, Handle, Masked
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AllToAll",
+    "Config",
+    "ConfigError",
+    "Contiguous",
+    "EngineError",
+    "Grouped",
+    "Handle",
+    "HandleError",
+    "InputError",
+    "KeyValue",
+    "Masked",
+    "MoeA2AError",
+    "Options",
+    "RankLost",
+]

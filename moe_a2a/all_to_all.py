@@ -1,0 +1,471 @@
+"""`AllToAll`: dispatch and combine for one EP group of CPU ranks."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import Literal, TypeVar, overload
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from moe_a2a import checks
+from moe_a2a.bootstrap import Bootstrap, GroupBootstrap, KeyValue, StoreBootstrap
+from moe_a2a.combine import reduce_partials, sum_contributions
+from moe_a2a.config import Config, Options
+from moe_a2a.errors import ConfigError, HandleError, InputError, MoeA2AError, RankLost
+from moe_a2a.fp8 import FP8, ScaleFormat, quantize
+from moe_a2a.rendezvous import meet
+from moe_a2a.routing import rank_hits, receive
+from moe_a2a.step import Outgoing, Phase, RowFormat, Step
+from moe_a2a.transport.protocol import Transport
+from moe_a2a.transport.wait import wait_tasks
+from moe_a2a.types import LAYOUTS, Contiguous, Dispatched, Grouped, Handle, Layout, Masked
+from moe_a2a.unpack import Unpacker
+
+_MOST_OPEN = 2  # one step for each parity of a channel's buffers
+T = TypeVar("T")
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+class _Names:
+    """Channel names in use in this process, by group or store: two objects on one would read each other's rows."""
+
+    _lock = threading.Lock()
+    _used: dict[tuple[int, str], object] = {}
+    _made: dict[tuple[int, tuple[str, ...]], int] = {}
+
+    @classmethod
+    def claim(cls, identity: object, channels: tuple[str, ...]) -> None:
+        with cls._lock:
+            taken = [c for c in channels if (id(identity), c) in cls._used]
+            if taken:
+                raise ConfigError(
+                    f"channel {taken[0]!r} of this group is in use by another AllToAll; close that one, or give other channel names"
+                )
+            for channel in channels:
+                cls._used[id(identity), channel] = identity  # held, so that the id is not given again
+
+    @classmethod
+    def release(cls, identity: object, channels: tuple[str, ...]) -> None:
+        with cls._lock:
+            for channel in channels:
+                cls._used.pop((id(identity), channel), None)
+
+    @classmethod
+    def prefix(cls, store: object, channels: tuple[str, ...]) -> str:
+        """A key prefix that no earlier object of this store used; equal on all ranks, which build their objects in one order."""
+        with cls._lock:
+            key = (id(store), channels)
+            cls._made[key] = cls._made.get(key, 0) + 1
+            return f"moe_a2a/{','.join(channels)}/{cls._made[key]}"
+
+
+class AllToAll:
+    """Expert-parallel dispatch and combine for the ranks of one group. Construction is collective.
+
+    config: sizes, equal on every rank. group: a torch.distributed process group (None: the default group), used for
+    bootstrapping only; or store, rank and world_size: any key-value store with get, set and wait. options: see `Options`.
+
+    A step is `dispatch`, the caller's experts, `combine`; all ranks make the same steps of a channel in the same order. Each half can be
+    split into send and receive, and up to two steps of a channel may be open. Not thread-safe: one thread calls one object.
+
+    Raises ConfigError (sizes, hosts, memory, differing configs), EngineError (Transfer Engine), RankLost (a rank does not come).
+    After a RankLost from a step the object is unusable: close it.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        group: dist.ProcessGroup | None = None,
+        *,
+        store: KeyValue | None = None,
+        rank: int | None = None,
+        world_size: int | None = None,
+        options: Options | None = None,
+    ) -> None:
+        self.config = config
+        self.options = options or Options()
+        self._broken: Exception | None = None
+        self._closed = False
+        self._bootstrap = _bootstrap(config, group, store, rank, world_size)
+        self.rank, self.world_size = self._bootstrap.rank, self._bootstrap.world_size
+        _Names.claim(self._bootstrap.identity, config.channels)
+        try:
+            self._meeting = meet(config, self.options, self._bootstrap)
+        except BaseException:
+            _Names.release(self._bootstrap.identity, config.channels)
+            raise
+        self._arena, self._transports = self._meeting.arena, self._meeting.transports
+        self.local_experts = config.local_experts(self.world_size)
+        self.buffer_bytes = self._arena.layout.nbytes
+        self.hosts = self._meeting.hosts.ranks_of
+        self._unpacker = Unpacker(config, self.world_size, self.local_experts)
+        self._number = [0] * len(config.channels)
+        self._open: list[list[Step]] = [[] for _ in config.channels]
+
+    # dispatch
+
+    @overload
+    def dispatch(
+        self,
+        x: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor | None = None,
+        *,
+        layout: Literal["masked"] = "masked",
+        scales: torch.Tensor | None = None,
+        fp8: ScaleFormat | None = None,
+        alignment: int = 128,
+        channel: str | None = None,
+        out: torch.Tensor | None = None,
+    ) -> Masked: ...
+
+    @overload
+    def dispatch(
+        self,
+        x: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor | None = None,
+        *,
+        layout: Literal["contiguous"],
+        scales: torch.Tensor | None = None,
+        fp8: ScaleFormat | None = None,
+        alignment: int = 128,
+        channel: str | None = None,
+        out: torch.Tensor | None = None,
+    ) -> Contiguous: ...
+
+    @overload
+    def dispatch(
+        self,
+        x: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor | None = None,
+        *,
+        layout: Literal["grouped"],
+        scales: torch.Tensor | None = None,
+        fp8: ScaleFormat | None = None,
+        alignment: int = 128,
+        channel: str | None = None,
+        out: torch.Tensor | None = None,
+    ) -> Grouped: ...
+
+    def dispatch(
+        self,
+        x: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor | None = None,
+        *,
+        layout: Layout = "masked",
+        scales: torch.Tensor | None = None,
+        fp8: ScaleFormat | None = None,
+        alignment: int = 128,
+        channel: str | None = None,
+        out: torch.Tensor | None = None,
+    ) -> Dispatched:
+        """Send every token to the ranks that own its experts, and receive theirs. `dispatch_send`, then `dispatch_recv`."""
+        _check_layout(layout)
+        checks.check_alignment(alignment)
+        handle = self.dispatch_send(x, topk_ids, topk_weights, scales=scales, fp8=fp8, channel=channel)
+        return self.dispatch_recv(handle, layout=layout, alignment=alignment, out=out)
+
+    @torch.no_grad()
+    def dispatch_send(
+        self,
+        x: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor | None = None,
+        *,
+        scales: torch.Tensor | None = None,
+        fp8: ScaleFormat | None = None,
+        channel: str | None = None,
+    ) -> Handle:
+        """Start a step: send this rank's tokens. Returns at once; the arguments may be reused.
+
+        x: [T, H] of config.dtype, T from 0 to max_tokens_per_rank and different on every rank; or float8_e4m3fn with `scales`.
+        topk_ids: int32 or int64 [T, K], experts of each token, -1 for none. Expert e lives on rank e // E_l.
+        topk_weights: fp32 [T, K], router weights; None if they are given at combine. All ranks alike.
+        scales: fp32 [T, H/128] of an x that is FP8 already.
+        fp8: None sends x as it is; "fp32", "pow2", "ue8m0" send FP8 with scales handed out in that form (`moe_a2a.fp8`).
+        channel: a name of config.channels; None: the first.
+
+        Raises InputError, HandleError (two steps of the channel are open), RankLost (a peer cannot be written to).
+        """
+        self._check_usable()
+        index = self._channel(channel)
+        tensor = checks.check_tokens(self.config, x, fp8)
+        tokens = tensor.shape[0]
+        ids = checks.check_ids(self.config, topk_ids, tokens)
+        weights = None if topk_weights is None else checks.check_weights(self.config, topk_weights, tokens)
+        rows, row_scales, fp8 = self._encode(tensor, scales, fp8)
+        if len(self._open[index]) >= _MOST_OPEN:
+            raise HandleError(
+                f"channel {self.config.channels[index]!r} has two open steps ({', '.join(str(s.number) for s in self._open[index])}); "
+                "combine or discard one before dispatching again, or use another channel"
+            )
+        row_format = RowFormat.PLAIN if fp8 is None else RowFormat.FP8 if fp8 == "fp32" else RowFormat.FP8_POW2
+        hits = rank_hits(ids, self.local_experts, self.world_size)
+        self._number[index] += 1
+        step = Step(
+            index,
+            self.config.channels[index],
+            self._number[index],
+            row_format,
+            Outgoing(rows, ids, weights, row_scales, hits),
+        )
+        self._open[index].append(step)
+        self._each(lambda transport: transport.send_dispatch(step))
+        return Handle(self, step, fp8)
+
+    @torch.no_grad()
+    def dispatch_recv(
+        self, handle: Handle, *, layout: Layout = "masked", alignment: int = 128, out: torch.Tensor | None = None
+    ) -> Dispatched:
+        """Wait for all ranks' tokens of this step and lay out those for this rank's experts.
+
+        layout: "masked", "contiguous" or "grouped"; a rank may choose for itself. alignment: rows per expert of the grouped layout are
+        padded to this power of two. out: storage for x: [E_l, R*M, H] (masked), or [rows, H] with rows enough for what
+        arrives. Raises InputError, HandleError, RankLost.
+        """
+        step = self._step(handle, Phase.SENT)
+        _check_layout(layout)
+        checks.check_alignment(alignment)
+        if not step.arrivals:
+            self._receive(step)
+        first = self.rank * self.local_experts
+        received = receive(step.arrivals, first, self.local_experts, self.config.top_k)
+        table = self._arena.table(step.row_format)
+        result: Dispatched
+        if layout == "masked":
+            result = self._unpacker.masked(step, received, table, handle, handle._fp8, out)
+        elif layout == "contiguous":
+            result = self._unpacker.contiguous(step, received, table, handle, handle._fp8, out)
+        else:
+            result = self._unpacker.grouped(step, received, table, handle, handle._fp8, out, alignment)
+        step.received, step.layout, step.phase = received, layout, Phase.RECEIVED
+        return result
+
+    # combine
+
+    def combine(
+        self,
+        y: torch.Tensor,
+        handle: Handle,
+        topk_weights: torch.Tensor | None = None,
+        *,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Send the experts' outputs back and sum them. `combine_send`, then `combine_recv`."""
+        if out is not None:
+            self._check_sum_out(handle, out)
+        self.combine_send(y, handle, topk_weights)
+        return self.combine_recv(handle, out=out)
+
+    @torch.no_grad()
+    def combine_send(self, y: torch.Tensor, handle: Handle, topk_weights: torch.Tensor | None = None) -> None:
+        """Reduce the experts' outputs for each received token and send one row back to its rank.
+
+        y: config.dtype; masked [E_l, R*M, H] or grouped [P, H]: the experts' rows, still to be multiplied by the router weights;
+            contiguous [N, H]: one row for each received token, weights already applied.
+        topk_weights: fp32 [T, K] of this rank's own tokens, if they were not given at dispatch (masked and grouped layouts). They are sent
+            to the tokens' ranks first, and this call waits for the other ranks' weights.
+        Raises InputError, HandleError, RankLost.
+        """
+        step = self._step(handle, Phase.RECEIVED)
+        assert step.received is not None
+        checks.check_matrix("y", y, self._expected_output(step), (self.config.dtype,))
+        weights = self._combine_weights(step, topk_weights)
+        step.phase = Phase.COMBINING
+        if weights is not None:
+            self._each(lambda transport: transport.send_weights(step, weights))
+            arrived = _merged(self._each(lambda transport: transport.recv_weights(step)))
+        elif step.has_weights:
+            arrived = {a.rank: a.weights for a in step.arrivals if a.weights is not None}
+        else:
+            arrived = {}
+
+        def reduce_and_send(transport: Transport) -> None:
+            reduce_partials(self._arena, step, y, arrived, transport.sources)
+            transport.send_combine(step, False)
+
+        self._each(reduce_and_send)
+
+    @torch.no_grad()
+    def combine_recv(self, handle: Handle, *, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Wait for the sums and add them up. Returns [T, H] of config.dtype, in `out` if given. Ends the step.
+
+        A token without experts gives zeros. Raises InputError, HandleError, RankLost.
+        """
+        step = self._step(handle, Phase.COMBINING)
+        if out is not None:
+            self._check_sum_out(handle, out)
+        result = (
+            out if out is not None else torch.empty((step.tokens, self.config.hidden_size), dtype=self.config.dtype)
+        )
+        sums = _merged(self._each(lambda transport: transport.recv_combine(step)))
+        sum_contributions(self._arena, [sums[order] for order in sorted(sums)], result)
+        self._finish(step)
+        return result
+
+    def discard(self, handle: Handle) -> None:
+        """End a step without a combine. Collective: every rank discards the step. Raises HandleError, RankLost."""
+        step = self._step(handle, Phase.SENT, Phase.RECEIVED)
+        if step.phase is Phase.SENT:
+            self._receive(step)
+        step.phase = Phase.COMBINING
+        for transport in self._transports:
+            self._guard(lambda t=transport: t.send_combine(step, True))  # type: ignore[misc]
+        for transport in self._transports:
+            try:
+                self._guard(lambda t=transport: t.recv_combine(step))  # type: ignore[misc]
+            except HandleError:
+                continue  # the others discarded it too: that is what we wait for
+            raise self._break(
+                HandleError(f"{step}: this rank discarded it, others combine it; all ranks must do the same")
+            )
+        self._finish(step)
+
+    # life
+
+    def close(self) -> None:
+        """Release memory, threads and descriptors. Not collective; results must not be used afterwards. May be called twice."""
+        if self._closed:
+            return
+        self._closed = True
+        self._unpacker.close()
+        self._meeting.resources.close()
+        _Names.release(self._bootstrap.identity, self.config.channels)
+
+    def __enter__(self) -> AllToAll:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # helpers
+
+    def _check_usable(self) -> None:
+        if self._closed:
+            raise HandleError("this AllToAll is closed; build a new one")
+        if self._broken is not None:
+            raise HandleError(
+                f"this AllToAll failed and cannot be used further ({self._broken}); close it and build a new group"
+            )
+
+    def _channel(self, name: str | None) -> int:
+        if name is None:
+            return 0
+        if name not in self.config.channels:
+            raise InputError(f"channel={name!r}; this object has {', '.join(map(repr, self.config.channels))}")
+        return self.config.channels.index(name)
+
+    def _step(self, handle: Handle, *allowed: Phase) -> Step:
+        self._check_usable()
+        if not isinstance(handle, Handle):
+            raise HandleError(f"handle is a {type(handle).__name__}; give the handle of a dispatch")
+        if handle._owner is not self:
+            raise HandleError("this handle belongs to another AllToAll; use it with the object that made it")
+        step = handle._step
+        if step.phase not in allowed:
+            needed = " or ".join(phase.value for phase in allowed)
+            raise HandleError(f"{step} is {step.phase.value}; this call needs a step that is {needed}")
+        return step
+
+    def _each(self, move: Callable[[Transport], T]) -> list[T]:
+        """Make a move with every transport. If it fails, the step is lost: the object is broken and the host's ranks are told why."""
+        try:
+            return [move(transport) for transport in self._transports]
+        except MoeA2AError as error:
+            self._break(error)
+            raise
+
+    def _receive(self, step: Step) -> None:
+        arrivals = [a for part in self._each(lambda transport: transport.recv_dispatch(step)) for a in part]
+        step.arrivals = sorted(arrivals, key=lambda arrival: arrival.rank)
+
+    def _break(self, error: MoeA2AError) -> None:
+        self._broken = error
+        if isinstance(error, RankLost) and error.ranks:
+            self._arena.memory.set_fault(error.ranks[0])
+
+    def _finish(self, step: Step) -> None:
+        # The rail peer's sums for others are this rank's duty too: the step has not ended before they are delivered.
+        if step.tasks:
+            sources = [a.rank for a in step.arrivals if a.rank not in self._arena.peers]
+            try:
+                wait_tasks(step.tasks, self.options.timeout_s, f"combine of {step}", sources)
+            except MoeA2AError as error:
+                self._break(error)
+                raise
+        step.phase = Phase.DONE
+        self._open[step.channel].remove(step)
+
+    def _encode(
+        self, x: torch.Tensor, scales: torch.Tensor | None, fp8: ScaleFormat | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None, ScaleFormat | None]:
+        """(rows to send, their scales, form in which scales are handed out)."""
+        if x.dtype == FP8:
+            if scales is None:
+                raise InputError("x is float8_e4m3fn but scales is None; give fp32 scales [T, H/128]")
+            fp8 = fp8 or "fp32"
+            return x.view(torch.uint8), checks.check_scales(self.config, scales, x.shape[0], fp8), fp8
+        if scales is not None:
+            raise InputError(
+                f"scales belong to an x that is float8_e4m3fn; x is {x.dtype}: leave scales out, and give fp8= to quantise"
+            )
+        if fp8 is None:
+            return x.detach(), None, None
+        q, made = quantize(x.detach(), power_of_two=fp8 != "fp32")
+        checks.check_finite_scales(made, "x")
+        return q.view(torch.uint8), made, fp8
+
+    def _expected_output(self, step: Step) -> tuple[int, ...]:
+        if step.layout == "masked":
+            return (self.local_experts, self.world_size * self.config.max_tokens_per_rank, self.config.hidden_size)
+        return (step.output_rows, self.config.hidden_size)
+
+    def _combine_weights(self, step: Step, topk_weights: torch.Tensor | None) -> np.ndarray | None:  # type: ignore[type-arg]
+        if step.layout == "contiguous":
+            if topk_weights is not None:
+                raise InputError(
+                    "the contiguous layout combines rows that carry their weights already; leave topk_weights out"
+                )
+            return None
+        if step.has_weights and topk_weights is not None:
+            raise InputError("topk_weights were given at dispatch; give them once, there or here")
+        if not step.has_weights and topk_weights is None:
+            raise InputError("topk_weights were not given at dispatch; give them here, fp32 [T, K]")
+        return None if topk_weights is None else checks.check_weights(self.config, topk_weights, step.tokens)
+
+    def _check_sum_out(self, handle: Handle, out: torch.Tensor) -> None:
+        step = self._step(handle, Phase.RECEIVED, Phase.COMBINING)
+        checks.check_matrix("out", out, (step.tokens, self.config.hidden_size), (self.config.dtype,))
+
+
+def _merged(parts: list[dict[K, V]]) -> dict[K, V]:
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def _check_layout(layout: str) -> None:
+    if layout not in LAYOUTS:
+        raise InputError(f"layout={layout!r}; allowed: {', '.join(map(repr, LAYOUTS))}")
+
+
+def _bootstrap(
+    config: Config, group: dist.ProcessGroup | None, store: KeyValue | None, rank: int | None, world_size: int | None
+) -> Bootstrap:
+    if store is None:
+        if rank is not None or world_size is not None:
+            raise ConfigError("rank and world_size go with store=; with a process group they come from the group")
+        return GroupBootstrap(group)
+    if group is not None:
+        raise ConfigError("give a process group or a store, not both")
+    if rank is None or world_size is None:
+        raise ConfigError("store= needs rank= and world_size=")
+    return StoreBootstrap(store, rank, world_size, _Names.prefix(store, config.channels))

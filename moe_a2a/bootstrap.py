@@ -1,0 +1,95 @@
+"""How ranks find each other before they share memory: one `all_gather` of small JSON messages.
+
+A torch.distributed process group or any key-value store can stand behind it. Messages are JSON, never pickles.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any, Protocol, cast
+
+import torch
+import torch.distributed as dist
+
+from moe_a2a.errors import ConfigError, RankLost
+
+
+class KeyValue(Protocol):
+    """The part of a store that bootstrapping needs; torch.distributed's stores have it."""
+
+    def set(self, key: str, value: str, /) -> None: ...
+
+    def get(self, key: str, /) -> bytes: ...
+
+    def wait(self, keys: Sequence[str], timeout: timedelta, /) -> None: ...
+
+
+class Bootstrap(Protocol):
+    """All-gather of JSON values, called in the same order by all ranks."""
+
+    rank: int
+    world_size: int
+    identity: object  # equal for two bootstraps over the same ranks and the same group or store
+
+    def all_gather(self, value: Any, timeout_s: float) -> list[Any]:
+        """Return every rank's value, in rank order. Raises RankLost if a rank does not come."""
+        ...
+
+
+class GroupBootstrap:
+    """Bootstrap over a torch.distributed process group. CUDA-only groups (NCCL) exchange through the current GPU."""
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        if not dist.is_initialized():
+            raise ConfigError("no process group: call torch.distributed.init_process_group() first, or give store=")
+        self.group = group if group is not None else cast(dist.ProcessGroup, dist.group.WORLD)
+        self.rank = dist.get_rank(self.group)
+        self.world_size = dist.get_world_size(self.group)
+        if self.rank < 0:
+            raise ConfigError(
+                "this process is not a member of the group; construct AllToAll on the group's members only"
+            )
+        self.identity: object = self.group
+        backend = dist.get_backend(self.group)
+        self.device = torch.device("cuda") if str(backend) == "nccl" else torch.device("cpu")
+
+    def all_gather(self, value: Any, timeout_s: float) -> list[Any]:
+        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
+        sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world_size)]
+        try:
+            dist.all_gather(sizes, torch.tensor([data.numel()], device=self.device), group=self.group)
+            longest = max(int(s) for s in sizes)
+            padded = torch.zeros(longest, dtype=torch.uint8, device=self.device)
+            padded[: data.numel()] = data
+            parts = [torch.empty_like(padded) for _ in range(self.world_size)]
+            dist.all_gather(parts, padded, group=self.group)
+        except RuntimeError as error:
+            raise RankLost(f"the process group failed while ranks were meeting: {error}", ()) from error
+        return [json.loads(bytes(p[: int(s)].tolist())) for p, s in zip(parts, sizes, strict=True)]
+
+
+class StoreBootstrap:
+    """Bootstrap over a key-value store. `prefix` separates one object's keys from another's."""
+
+    def __init__(self, store: KeyValue, rank: int, world_size: int, prefix: str) -> None:
+        if world_size < 1 or not 0 <= rank < world_size:
+            raise ConfigError(f"rank={rank}, world_size={world_size}; rank must be 0 to world_size - 1")
+        self.store, self.rank, self.world_size = store, rank, world_size
+        self.identity: object = store
+        self._prefix, self._round = prefix, 0
+
+    def all_gather(self, value: Any, timeout_s: float) -> list[Any]:
+        self._round += 1
+        keys = [f"{self._prefix}/{self._round}/{r}" for r in range(self.world_size)]
+        self.store.set(keys[self.rank], json.dumps(value))
+        values = []
+        for r, key in enumerate(keys):
+            try:
+                self.store.wait([key], timedelta(seconds=timeout_s))
+            except Exception as error:  # every store raises its own kind of time-out
+                message = f"rank {r} did not come to the meeting within {timeout_s:g} s: start it, or check the store ({error})"
+                raise RankLost(message, [r]) from error
+            values.append(json.loads(self.store.get(key)))
+        return values

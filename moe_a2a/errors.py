@@ -1,0 +1,37 @@
+"""Every error that moe-a2a raises. Messages say what was given, what is allowed and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class MoeA2AError(RuntimeError):
+    """Base of all errors of this package."""
+
+
+class ConfigError(MoeA2AError, ValueError):
+    """A configuration that cannot work, or that differs between ranks. Raised at construction."""
+
+
+class InputError(MoeA2AError, ValueError):
+    """A call's arguments are wrong. Nothing was sent; the object and the handle stay usable."""
+
+
+class HandleError(MoeA2AError):
+    """A handle was used out of order, twice, or with an object that did not make it. Nothing was sent."""
+
+
+class EngineError(MoeA2AError):
+    """The Mooncake Transfer Engine cannot be loaded, is too old, or cannot reach a peer."""
+
+
+class RankLost(MoeA2AError, TimeoutError):
+    """A rank did not do its part of a step in time, or its process is gone.
+
+    ``ranks`` names the ranks that are missing. The step's result is lost and the object cannot be used further:
+    close it and build a new group.
+    """
+
+    def __init__(self, message: str, ranks: Sequence[int]) -> None:
+        super().__init__(message)
+        self.ranks = tuple(ranks)

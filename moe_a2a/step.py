@@ -1,0 +1,93 @@
+"""One dispatch and its combine, from send to end: the state that the object and its transports share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum, IntEnum
+
+import torch
+
+from moe_a2a.routing import Arrival, BoolArray, Placement, Received
+from moe_a2a.transport.progress import Task
+from moe_a2a.transport.wire import FloatArray, IntArray, LongArray
+
+
+class RowFormat(IntEnum):
+    """What dispatched rows hold; part of every record, because all ranks must agree."""
+
+    PLAIN = 0
+    FP8 = 1
+    FP8_POW2 = 2
+
+
+class Phase(Enum):
+    """How far a step is; the value completes the sentence "this step is ..."."""
+
+    SENT = "sent, not received"
+    RECEIVED = "received, not combined"
+    COMBINING = "being combined"
+    DONE = "finished"
+
+
+@dataclass
+class Traffic:
+    """What this rank put on the network in a step, and when (CLOCK_MONOTONIC, ns): first post and last announcement of each direction."""
+
+    wire_bytes: int = 0
+    dispatch_posted: int = 0
+    dispatch_announced: int = 0
+    combine_posted: int = 0
+    combine_announced: int = 0
+
+
+@dataclass(frozen=True)
+class Outgoing:
+    """A rank's own tokens of one step. rows: [T, H] of the payload dtype, or uint8 [T, H] holding FP8; scales: fp32 [T, G] for FP8."""
+
+    rows: torch.Tensor
+    ids: IntArray
+    weights: FloatArray | None
+    scales: torch.Tensor | None
+    hits: BoolArray
+
+
+@dataclass
+class Step:
+    """State of one step of one channel on this rank."""
+
+    channel: int
+    channel_name: str
+    number: int
+    row_format: RowFormat
+    outgoing: Outgoing
+    phase: Phase = Phase.SENT
+    arrivals: list[Arrival] = field(default_factory=list)
+    received: Received | None = None
+    placement: Placement | None = None
+    layout: str = ""
+    output_rows: int = 0
+    sent_to_host: dict[int, LongArray] = field(default_factory=dict)
+    tasks: list[Task] = field(default_factory=list)
+    traffic: Traffic = field(default_factory=Traffic)
+
+    @property
+    def parity(self) -> int:
+        return self.number % 2
+
+    @property
+    def tokens(self) -> int:
+        """T of this rank."""
+        return len(self.outgoing.ids)
+
+    @property
+    def has_weights(self) -> bool:
+        """Do router weights travel with the dispatch?"""
+        return self.outgoing.weights is not None
+
+    @property
+    def format_code(self) -> int:
+        """Row format and weights bit, as records carry them."""
+        return int(self.row_format) + (16 if self.has_weights else 0)
+
+    def __str__(self) -> str:
+        return f"step {self.number} of channel {self.channel_name!r}"

@@ -1,0 +1,151 @@
+"""The Mooncake Transfer Engine, loaded, checked and wrapped: register memory, post writes, ask how they are.
+
+The engine reports little by itself: an unknown protocol falls back to TCP without a word, a failed submit is batch id 0. This module
+turns that into errors that say what to do.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import threading
+from types import ModuleType
+from typing import Any
+
+from packaging.version import Version
+
+from moe_a2a.errors import EngineError
+
+DISTRIBUTIONS = (
+    "mooncake-transfer-engine-non-cuda",
+    "mooncake-transfer-engine-cuda13",
+    "mooncake-transfer-engine",
+)
+MINIMUM = Version("0.3.13.post1")
+_INSTALL = "pip install 'moe-a2a[cpu]' (no GPU), 'moe-a2a[cuda12]' or 'moe-a2a[cuda13]'"
+_LIBRARIES = {"libibverbs.so.1": "apt-get install libibverbs1 ibverbs-providers", "libcuda.so.1": _INSTALL}
+_RDMA_DEVICES = pathlib.Path("/sys/class/infiniband")
+
+
+def installed_version() -> tuple[str, Version] | None:
+    """(distribution, version) of the installed engine wheel, if any."""
+    for name in DISTRIBUTIONS:
+        try:
+            return name, Version(importlib.metadata.version(name))
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def load() -> ModuleType:
+    """Import the engine. Raises EngineError that names what is missing and how to install it."""
+    found = installed_version()
+    if found is None:
+        raise EngineError(
+            f"ranks on several hosts need the Mooncake Transfer Engine, which is not installed; {_INSTALL}"
+        )
+    name, version = found
+    if version < MINIMUM:
+        raise EngineError(
+            f"{name} {version} is too old (its TCP writes are not acknowledged); install {MINIMUM} or later: {_INSTALL}"
+        )
+    if os.environ.get("MC_TCP_PROTO") == "1":
+        raise EngineError(
+            "MC_TCP_PROTO=1 turns off acknowledged TCP writes, so that rows could be read before they are there; unset it"
+        )
+    os.environ.setdefault("MC_LOG_LEVEL", "ERROR")  # read when the first engine is made
+    try:
+        return importlib.import_module("mooncake.engine")
+    except ImportError as error:
+        hint = next((fix for library, fix in _LIBRARIES.items() if library in str(error)), "moe-a2a doctor tells more")
+        raise EngineError(f"{name} {version} is installed but cannot be loaded: {error}; {hint}") from error
+
+
+def rdma_devices() -> list[str]:
+    """Names of this machine's RDMA devices."""
+    return sorted(p.name for p in _RDMA_DEVICES.iterdir()) if _RDMA_DEVICES.is_dir() else []
+
+
+def check_protocol(module: ModuleType, protocol: str, device_filter: str) -> None:
+    """Raise EngineError unless the engine and this machine offer `protocol` (asked now, because the engine would fall back to TCP)."""
+    offered = ["tcp", "rdma"] + (["efa"] if getattr(module, "SUPPORT_EFA", False) else [])
+    if protocol not in offered:
+        raise EngineError(
+            f"protocol={protocol!r} is not offered for CPU ranks by the installed engine; allowed: {', '.join(offered)}"
+        )
+    if protocol == "tcp":
+        return
+    devices = rdma_devices()
+    if not devices:
+        raise EngineError(f"protocol={protocol!r} needs an RDMA device and this machine has none; use protocol='tcp'")
+    wanted = [d for d in device_filter.split(",") if d]
+    unknown = [d for d in wanted if d not in devices]
+    if unknown:
+        raise EngineError(f"device_filter names {', '.join(unknown)}; this machine has {', '.join(devices)}")
+
+
+class Engine:
+    """One Transfer Engine of this process. `name` is where peers reach it ("host:port")."""
+
+    _shared: dict[tuple[str, str, str, str], Engine] = {}
+    _lock = threading.Lock()
+
+    def __init__(self, address: str, protocol: str, device_filter: str, metadata_server: str) -> None:
+        module = load()
+        check_protocol(module, protocol, device_filter)
+        self._engine: Any = module.TransferEngine()
+        code = self._engine.initialize(address, metadata_server, protocol, device_filter)
+        if code != 0:
+            raise EngineError(
+                f"the Transfer Engine did not start (code {code}): host_address={address!r}, metadata_server={metadata_server!r}, "
+                f"protocol={protocol!r}; check that the address is this machine's and that the metadata server answers"
+            )
+        if protocol == "rdma":
+            self._check_rdma()
+        self.protocol = protocol
+        self.name = f"{address}:{self._engine.get_rpc_port()}"
+
+    @classmethod
+    def get(cls, address: str, protocol: str, device_filter: str, metadata_server: str) -> Engine:
+        """The engine of this process with these settings; an engine has threads and ports, so that objects share one."""
+        key = (address, protocol, device_filter, metadata_server)
+        with cls._lock:
+            if key not in cls._shared:
+                cls._shared[key] = cls(*key)
+            return cls._shared[key]
+
+    def _check_rdma(self) -> None:
+        topology = json.loads(self._engine.get_local_topology() or "{}")
+        if not any(names for lists in topology.values() for names in lists):
+            raise EngineError(
+                "the Transfer Engine found no usable RDMA device and would use TCP; use protocol='tcp' or mend the device"
+            )
+
+    def register(self, address: int, nbytes: int) -> None:
+        """Let peers write to this memory. Raises EngineError."""
+        code = self._engine.register_memory(address, nbytes)
+        if code != 0:
+            raise EngineError(
+                f"the Transfer Engine could not register {nbytes} bytes (code {code}); for RDMA raise `ulimit -l`"
+            )
+
+    def unregister(self, address: int) -> None:
+        self._engine.unregister_memory(address)
+
+    def submit_write(self, peer: str, source: int, target: int, nbytes: int) -> int:
+        """Post one write of registered memory to a peer's registered memory. Returns a batch id; never waits for the peer's
+        application. Raises EngineError if the peer cannot be reached."""
+        batch: int = self._engine.transfer_submit_write(peer, source, target, nbytes)
+        if batch == 0:
+            raise EngineError(f"{peer} cannot be reached by {self.protocol}; is the process alive and the port open?")
+        return batch
+
+    def is_done(self, batch: int, peer: str) -> bool:
+        """Has the write been applied at the peer? Never waits. Raises EngineError if it failed; do not ask again after True or an error."""
+        code = self._engine.transfer_check_status(batch)
+        if code < 0:
+            raise EngineError(f"a write to {peer} by {self.protocol} {'timed out' if code == -2 else 'failed'}")
+        return bool(code == 1)

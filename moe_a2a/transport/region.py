@@ -1,0 +1,103 @@
+"""Where everything lies in a rank's communication region. Pure arithmetic; every rank computes every rank's layout.
+
+A region belongs to one rank; the ranks of its host map it read-only, and the engine writes into its slots. For each
+channel and parity:
+
+    mailbox     one record per kind, read by the ranks of this host
+    publish     this rank's own tokens: ids, weights, scales, M rows
+    partials    sums of this rank's experts for every source rank: R x M rows
+    host slot   one per other host: tables and rows of the tokens that go there; the combined rows come back into it
+    source slot one per rank of other hosts (enough for any re-railing): its mirror on the receiving side
+
+Every row area starts at a multiple of the row size, and a region is a multiple of it too, so that all row areas of all regions
+that are mapped side by side are rows of one table.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from moe_a2a.config import Config
+from moe_a2a.hosts import HostMap
+from moe_a2a.transport.wire import RECORD_BYTES, Kind, Tables
+
+PAGE = 4096
+PARITIES = 2
+#: First words of a region: what its owner tells the ranks of its host at any time (see transport/memory.py).
+CONTROL_BYTES = PAGE
+MAILBOX_BYTES = RECORD_BYTES * len(Kind)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Byte offsets of a slot: records that arrive, records to be sent from, and the first row (tables lie before it)."""
+
+    inbox: int
+    outbox: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Block:
+    """Byte offsets of what one channel and parity owns."""
+
+    mailbox: int
+    ids: int
+    weights: int
+    scales: int
+    rows: int
+    partials: int
+    host_slots: dict[int, Slot]
+    source_slots: dict[int, Slot]
+
+
+class _Cursor:
+    def __init__(self, start: int) -> None:
+        self.at = start
+
+    def take(self, nbytes: int, align: int = RECORD_BYTES) -> int:
+        start = -(-self.at // align) * align
+        self.at = start + nbytes
+        return start
+
+
+@dataclass(frozen=True)
+class RegionLayout:
+    """The region of any rank of one host. blocks: [channel][parity]; engine_start: from here on the engine may read and write."""
+
+    blocks: tuple[tuple[Block, ...], ...]
+    nbytes: int
+    rows_stride: int  # partial rows kept for each source rank: M
+
+    @classmethod
+    def of(cls, config: Config, hosts: HostMap, host: int) -> RegionLayout:
+        cursor = _Cursor(CONTROL_BYTES)
+        blocks = tuple(
+            tuple(_block(cursor, config, hosts, host) for _ in range(PARITIES)) for _ in range(len(config.channels))
+        )
+        nbytes = cursor.take(0, math.lcm(config.row_bytes, PAGE))
+        return cls(blocks, nbytes, config.max_tokens_per_rank)
+
+
+def _slot(cursor: _Cursor, config: Config) -> Slot:
+    rows = config.max_tokens_per_rank
+    tables = -Tables.of(rows, config.top_k, config.groups).tokens
+    inbox = cursor.take(MAILBOX_BYTES)
+    outbox = cursor.take(MAILBOX_BYTES)
+    cursor.take(tables)
+    return Slot(inbox, outbox, cursor.take(rows * config.row_bytes, config.row_bytes))
+
+
+def _block(cursor: _Cursor, config: Config, hosts: HostMap, host: int) -> Block:
+    rows, top_k = config.max_tokens_per_rank, config.top_k
+    return Block(
+        mailbox=cursor.take(MAILBOX_BYTES),
+        ids=cursor.take(rows * top_k * 4),
+        weights=cursor.take(rows * top_k * 4),
+        scales=cursor.take(rows * config.groups * 4),
+        rows=cursor.take(rows * config.row_bytes, config.row_bytes),
+        partials=cursor.take(len(hosts.host_of) * rows * config.row_bytes, config.row_bytes),
+        host_slots={h: _slot(cursor, config) for h in hosts.remote_hosts(host)},
+        source_slots={s: _slot(cursor, config) for s in hosts.remote_ranks(host)},
+    )
