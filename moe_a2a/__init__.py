@@ -5,11 +5,16 @@ got = a2a.dispatch(x, topk_ids, topk_weights)
 out = a2a.combine(experts(got.x, got.counts), got.handle)
 """
 
-from moe_a2a.all_to_all import AllToAll
-from moe_a2a.bootstrap import KeyValue
-from moe_a2a.config import Config, Options
-from moe_a2a.errors import ConfigError, EngineError, HandleError, InputError, MoeA2AError, RankLost
-from moe_a2a.types import Contiguous, Grouped, Handle, Masked
+import importlib
+from typing import TYPE_CHECKING
+
+# Imported on first use: `moe-a2a doctor` lives in this package and must run where torch cannot be imported.
+if TYPE_CHECKING:
+    from moe_a2a.all_to_all import AllToAll
+    from moe_a2a.bootstrap import KeyValue
+    from moe_a2a.config import Config, Options
+    from moe_a2a.errors import ConfigError, EngineError, HandleError, InputError, MoeA2AError, RankLost
+    from moe_a2a.types import Contiguous, Grouped, Handle, Masked
 
 __version__ = "0.1.0"
 
@@ -29,3 +34,24 @@ __all__ = [
     "Options",
     "RankLost",
 ]
+
+_MODULES = {
+    "all_to_all": ["AllToAll"],
+    "bootstrap": ["KeyValue"],
+    "config": ["Config", "Options"],
+    "errors": ["ConfigError", "EngineError", "HandleError", "InputError", "MoeA2AError", "RankLost"],
+    "types": ["Contiguous", "Grouped", "Handle", "Masked"],
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

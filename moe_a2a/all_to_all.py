@@ -5,9 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from types import TracebackType
-from typing import Literal, TypeVar, overload
+from typing import ClassVar, Literal, TypeVar, overload
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -22,10 +21,12 @@ from moe_a2a.routing import rank_hits, receive
 from moe_a2a.step import Outgoing, Phase, RowFormat, Step
 from moe_a2a.transport.protocol import Transport
 from moe_a2a.transport.wait import wait_tasks
+from moe_a2a.transport.wire import FloatArray
 from moe_a2a.types import LAYOUTS, Contiguous, Dispatched, Grouped, Handle, Layout, Masked
 from moe_a2a.unpack import Unpacker
 
 _MOST_OPEN = 2  # one step for each parity of a channel's buffers
+_LAST_WORDS_S = 1.0  # after a failure, for reports to other hosts that are under way
 T = TypeVar("T")
 K = TypeVar("K")
 V = TypeVar("V")
@@ -35,8 +36,8 @@ class _Names:
     """Channel names in use in this process, by group or store: two objects on one would read each other's rows."""
 
     _lock = threading.Lock()
-    _used: dict[tuple[int, str], object] = {}
-    _made: dict[tuple[int, tuple[str, ...]], int] = {}
+    _used: ClassVar[dict[tuple[int, str], object]] = {}
+    _made: ClassVar[dict[tuple[int, tuple[str, ...]], int]] = {}
 
     @classmethod
     def claim(cls, identity: object, channels: tuple[str, ...]) -> None:
@@ -44,7 +45,8 @@ class _Names:
             taken = [c for c in channels if (id(identity), c) in cls._used]
             if taken:
                 raise ConfigError(
-                    f"channel {taken[0]!r} of this group is in use by another AllToAll; close that one, or give other channel names"
+                    f"channel {taken[0]!r} of this group is in use by another AllToAll; close that one, or give "
+                    f"other channel names"
                 )
             for channel in channels:
                 cls._used[id(identity), channel] = identity  # held, so that the id is not given again
@@ -57,7 +59,8 @@ class _Names:
 
     @classmethod
     def prefix(cls, store: object, channels: tuple[str, ...]) -> str:
-        """A key prefix that no earlier object of this store used; equal on all ranks, which build their objects in one order."""
+        """A key prefix that no earlier object of this store used; equal on all ranks, which build their objects in
+        one order."""
         with cls._lock:
             key = (id(store), channels)
             cls._made[key] = cls._made.get(key, 0) + 1
@@ -68,12 +71,15 @@ class AllToAll:
     """Expert-parallel dispatch and combine for the ranks of one group. Construction is collective.
 
     config: sizes, equal on every rank. group: a torch.distributed process group (None: the default group), used for
-    bootstrapping only; or store, rank and world_size: any key-value store with get, set and wait. options: see `Options`.
+    bootstrapping only; or store, rank and world_size: any key-value store with get, set and wait. options: see
+    `Options`.
 
-    A step is `dispatch`, the caller's experts, `combine`; all ranks make the same steps of a channel in the same order. Each half can be
-    split into send and receive, and up to two steps of a channel may be open. Not thread-safe: one thread calls one object.
+    A step is `dispatch`, the caller's experts, `combine`; all ranks make the same steps of a channel in the same
+    order. Each half can be split into send and receive, and up to two steps of a channel may be open. Not thread-safe:
+    one thread calls one object.
 
-    Raises ConfigError (sizes, hosts, memory, differing configs), EngineError (Transfer Engine), RankLost (a rank does not come).
+    Raises ConfigError (sizes, hosts, memory, differing configs), EngineError (Transfer Engine), RankLost (a rank does
+    not come).
     After a RankLost from a step the object is unusable: close it.
     """
 
@@ -89,7 +95,7 @@ class AllToAll:
     ) -> None:
         self.config = config
         self.options = options or Options()
-        self._broken: Exception | None = None
+        self._broken: BaseException | None = None
         self._closed = False
         self._bootstrap = _bootstrap(config, group, store, rank, world_size)
         self.rank, self.world_size = self._bootstrap.rank, self._bootstrap.world_size
@@ -167,7 +173,8 @@ class AllToAll:
         channel: str | None = None,
         out: torch.Tensor | None = None,
     ) -> Dispatched:
-        """Send every token to the ranks that own its experts, and receive theirs. `dispatch_send`, then `dispatch_recv`."""
+        """Send every token to the ranks that own its experts, and receive theirs. `dispatch_send`, then
+        `dispatch_recv`."""
         _check_layout(layout)
         checks.check_alignment(alignment)
         handle = self.dispatch_send(x, topk_ids, topk_weights, scales=scales, fp8=fp8, channel=channel)
@@ -186,11 +193,13 @@ class AllToAll:
     ) -> Handle:
         """Start a step: send this rank's tokens. Returns at once; the arguments may be reused.
 
-        x: [T, H] of config.dtype, T from 0 to max_tokens_per_rank and different on every rank; or float8_e4m3fn with `scales`.
+        x: [T, H] of config.dtype, T from 0 to max_tokens_per_rank and different on every rank; or float8_e4m3fn with
+        `scales`.
         topk_ids: int32 or int64 [T, K], experts of each token, -1 for none. Expert e lives on rank e // E_l.
         topk_weights: fp32 [T, K], router weights; None if they are given at combine. All ranks alike.
         scales: fp32 [T, H/128] of an x that is FP8 already.
-        fp8: None sends x as it is; "fp32", "pow2", "ue8m0" send FP8 with scales handed out in that form (`moe_a2a.fp8`).
+        fp8: None sends x as it is; "fp32", "pow2", "ue8m0" send FP8 with scales handed out in that form
+        (`moe_a2a.fp8`).
         channel: a name of config.channels; None: the first.
 
         Raises InputError, HandleError (two steps of the channel are open), RankLost (a peer cannot be written to).
@@ -204,7 +213,8 @@ class AllToAll:
         rows, row_scales, fp8 = self._encode(tensor, scales, fp8)
         if len(self._open[index]) >= _MOST_OPEN:
             raise HandleError(
-                f"channel {self.config.channels[index]!r} has two open steps ({', '.join(str(s.number) for s in self._open[index])}); "
+                f"channel {self.config.channels[index]!r} has two open steps "
+                f"({', '.join(str(s.number) for s in self._open[index])}); "
                 "combine or discard one before dispatching again, or use another channel"
             )
         row_format = RowFormat.PLAIN if fp8 is None else RowFormat.FP8 if fp8 == "fp32" else RowFormat.FP8_POW2
@@ -227,9 +237,9 @@ class AllToAll:
     ) -> Dispatched:
         """Wait for all ranks' tokens of this step and lay out those for this rank's experts.
 
-        layout: "masked", "contiguous" or "grouped"; a rank may choose for itself. alignment: rows per expert of the grouped layout are
-        padded to this power of two. out: storage for x: [E_l, R*M, H] (masked), or [rows, H] with rows enough for what
-        arrives. Raises InputError, HandleError, RankLost.
+        layout: "masked", "contiguous" or "grouped"; a rank may choose for itself. alignment: rows per expert of the
+        grouped layout are padded to this power of two. out: storage for x: [E_l, R*M, H] (masked), or [rows, H] with
+        rows enough for what arrives. Raises InputError, HandleError, RankLost.
         """
         step = self._step(handle, Phase.SENT)
         _check_layout(layout)
@@ -269,10 +279,10 @@ class AllToAll:
     def combine_send(self, y: torch.Tensor, handle: Handle, topk_weights: torch.Tensor | None = None) -> None:
         """Reduce the experts' outputs for each received token and send one row back to its rank.
 
-        y: config.dtype; masked [E_l, R*M, H] or grouped [P, H]: the experts' rows, still to be multiplied by the router weights;
-            contiguous [N, H]: one row for each received token, weights already applied.
-        topk_weights: fp32 [T, K] of this rank's own tokens, if they were not given at dispatch (masked and grouped layouts). They are sent
-            to the tokens' ranks first, and this call waits for the other ranks' weights.
+        y: config.dtype; masked [E_l, R*M, H] or grouped [P, H]: the experts' rows, still to be multiplied by the
+            router weights; contiguous [N, H]: one row for each received token, weights already applied.
+        topk_weights: fp32 [T, K] of this rank's own tokens, if they were not given at dispatch (masked and grouped
+            layouts). They are sent to the tokens' ranks first, and this call waits for the other ranks' weights.
         Raises InputError, HandleError, RankLost.
         """
         step = self._step(handle, Phase.RECEIVED)
@@ -314,25 +324,18 @@ class AllToAll:
     def discard(self, handle: Handle) -> None:
         """End a step without a combine. Collective: every rank discards the step. Raises HandleError, RankLost."""
         step = self._step(handle, Phase.SENT, Phase.RECEIVED)
-        if step.phase is Phase.SENT:
+        if not step.arrivals:
             self._receive(step)
         step.phase = Phase.COMBINING
-        for transport in self._transports:
-            self._guard(lambda t=transport: t.send_combine(step, True))  # type: ignore[misc]
-        for transport in self._transports:
-            try:
-                self._guard(lambda t=transport: t.recv_combine(step))  # type: ignore[misc]
-            except HandleError:
-                continue  # the others discarded it too: that is what we wait for
-            raise self._break(
-                HandleError(f"{step}: this rank discarded it, others combine it; all ranks must do the same")
-            )
+        self._each(lambda transport: transport.send_combine(step, True))
+        self._each(lambda transport: transport.recv_combine(step, True))
         self._finish(step)
 
     # life
 
     def close(self) -> None:
-        """Release memory, threads and descriptors. Not collective; results must not be used afterwards. May be called twice."""
+        """Release memory, threads and descriptors. Not collective; results must not be used afterwards. May be called
+        twice."""
         if self._closed:
             return
         self._closed = True
@@ -378,7 +381,8 @@ class AllToAll:
         return step
 
     def _each(self, move: Callable[[Transport], T]) -> list[T]:
-        """Make a move with every transport. If it fails, the step is lost: the object is broken and the host's ranks are told why."""
+        """Make a move with every transport. If it fails, the step is lost: the object is broken and the host's ranks
+        are told why."""
         try:
             return [move(transport) for transport in self._transports]
         except MoeA2AError as error:
@@ -393,13 +397,15 @@ class AllToAll:
         self._broken = error
         if isinstance(error, RankLost) and error.ranks:
             self._arena.memory.set_fault(error.ranks[0])
+        if self._meeting.progress is not None:
+            self._meeting.progress.settle(_LAST_WORDS_S)
 
     def _finish(self, step: Step) -> None:
         # The rail peer's sums for others are this rank's duty too: the step has not ended before they are delivered.
         if step.tasks:
             sources = [a.rank for a in step.arrivals if a.rank not in self._arena.peers]
             try:
-                wait_tasks(step.tasks, self.options.timeout_s, f"combine of {step}", sources)
+                wait_tasks(step.tasks, self.options.timeout_s, self._meeting.watch, f"combine of {step}", sources)
             except MoeA2AError as error:
                 self._break(error)
                 raise
@@ -417,7 +423,8 @@ class AllToAll:
             return x.view(torch.uint8), checks.check_scales(self.config, scales, x.shape[0], fp8), fp8
         if scales is not None:
             raise InputError(
-                f"scales belong to an x that is float8_e4m3fn; x is {x.dtype}: leave scales out, and give fp8= to quantise"
+                f"scales belong to an x that is float8_e4m3fn; x is {x.dtype}: leave scales out, and give fp8= to "
+                f"quantise"
             )
         if fp8 is None:
             return x.detach(), None, None
@@ -430,7 +437,7 @@ class AllToAll:
             return (self.local_experts, self.world_size * self.config.max_tokens_per_rank, self.config.hidden_size)
         return (step.output_rows, self.config.hidden_size)
 
-    def _combine_weights(self, step: Step, topk_weights: torch.Tensor | None) -> np.ndarray | None:  # type: ignore[type-arg]
+    def _combine_weights(self, step: Step, topk_weights: torch.Tensor | None) -> FloatArray | None:
         if step.layout == "contiguous":
             if topk_weights is not None:
                 raise InputError(

@@ -89,7 +89,10 @@ class StoreBootstrap:
             try:
                 self.store.wait([key], timedelta(seconds=timeout_s))
             except Exception as error:  # every store raises its own kind of time-out
-                message = f"rank {r} did not come to the meeting within {timeout_s:g} s: start it, or check the store ({error})"
+                message = (
+                    f"rank {r} did not come to the meeting within {timeout_s:g} s: start it, or check the store "
+                    f"({error})"
+                )
                 raise RankLost(message, [r]) from error
             values.append(json.loads(self.store.get(key)))
         return values

@@ -78,13 +78,15 @@ def check_weights(config: Config, topk_weights: object, tokens: int) -> FloatArr
     if wrong.any():
         token, k = np.argwhere(wrong)[0]
         raise InputError(
-            f"topk_weights[{token}, {k}] = {weights[token, k]}; router weights must be finite and within {limit:g} for {config.dtype}"
+            f"topk_weights[{token}, {k}] = {weights[token, k]}; router weights must be finite and within {limit:g} "
+            f"for {config.dtype}"
         )
     return weights
 
 
 def check_scales(config: Config, scales: object, tokens: int, fp8: ScaleFormat) -> torch.Tensor:
-    """scales of an x that is FP8 already: fp32 [T, H/128], finite and positive; powers of two for "pow2" and "ue8m0"."""
+    """scales of an x that is FP8 already: fp32 [T, H/128], finite and positive; powers of two for "pow2" and
+    "ue8m0"."""
     tensor = check_matrix("scales", scales, (tokens, config.groups), (torch.float32,))
     check_finite_scales(tensor, "scales")
     if fp8 != "fp32" and not is_power_of_two(tensor):
@@ -101,7 +103,8 @@ def check_finite_scales(scales: torch.Tensor, name: str) -> None:
         token, group = (int(i) for i in torch.nonzero(~good)[0])
         columns = f"columns {group * GROUP} to {group * GROUP + GROUP - 1}"
         raise InputError(
-            f"{name}: token {token}, {columns} has scale {float(scales[token, group])}; scales must be finite and above 0 "
+            f"{name}: token {token}, {columns} has scale {float(scales[token, group])}; scales must be finite and "
+            f"above 0 "
             "(a NaN or infinity in the hidden states gives such a scale)"
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -10,13 +11,22 @@ import torch
 from moe_a2a.routing import Contribution, bags
 from moe_a2a.rows import sum_rows
 from moe_a2a.step import RowFormat, Step
-from moe_a2a.transport.arena import Arena
 from moe_a2a.transport.wire import FloatArray
 from moe_a2a.unpack import pair_offsets
 
 
+class RowPlaces(Protocol):
+    """Where sums go and where rows are read: a transport's `Arena`, or the buffers of a baseline."""
+
+    def partials(self, step: Step, source: int, rows: int) -> torch.Tensor:
+        """Where the sums for `source` go: [rows, H]."""
+
+    def table(self, row_format: RowFormat) -> torch.Tensor:
+        """The table that contributions name rows of: [n, H]."""
+
+
 def reduce_partials(
-    arena: Arena, step: Step, y: torch.Tensor, weights: Mapping[int, FloatArray], sources: Collection[int]
+    places: RowPlaces, step: Step, y: torch.Tensor, weights: Mapping[int, FloatArray], sources: Collection[int]
 ) -> None:
     """Sum this rank's experts' rows for every token of `sources`, into the places that they are read from.
 
@@ -30,7 +40,7 @@ def reduce_partials(
     for arrival, meant in zip(step.arrivals, received.arrival_rows, strict=True):
         last = first + len(meant)
         if arrival.rank in sources and len(meant):
-            out = arena.partials(step, arrival.rank, len(meant))
+            out = places.partials(step, arrival.rank, len(meant))
             if placement is None:  # contiguous: the caller has summed over the experts
                 out.copy_(rows[first:last])
             else:
@@ -41,7 +51,7 @@ def reduce_partials(
         first = last
 
 
-def sum_contributions(arena: Arena, contributions: Sequence[Contribution], out: torch.Tensor) -> None:
+def sum_contributions(places: RowPlaces, contributions: Sequence[Contribution], out: torch.Tensor) -> None:
     """out[t] = the sum of the rows that came back for token t, in the order given. out: [T, H]."""
     index, offsets = bags(len(out), contributions)
-    sum_rows(arena.table(RowFormat.PLAIN), index, offsets, out)
+    sum_rows(places.table(RowFormat.PLAIN), index, offsets, out)

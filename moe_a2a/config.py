@@ -62,7 +62,11 @@ class Config:
         if self.dtype not in _DTYPES:
             raise ConfigError(f"dtype={self.dtype}; allowed are {', '.join(f'torch.{n}' for n in _DTYPES.values())}")
         channels = self.channels
-        if isinstance(channels, str) or not channels or not all(isinstance(c, str) and c for c in channels):
+        if (
+            not isinstance(channels, (tuple, list))
+            or not channels
+            or not all(isinstance(c, str) and c for c in channels)
+        ):
             raise ConfigError(
                 f"channels={channels!r}; give a tuple of one or more non-empty names, such as ('default',)"
             )
@@ -104,7 +108,8 @@ class Options:
         MOE_A2A_HOST if set, else found out from the machine's boot id and network namespace.
     protocol: how the Transfer Engine moves rows between hosts: "tcp", "rdma" or another that the engine offers.
     device_filter: RDMA devices, comma separated ("mlx5_0,mlx5_1"); "" lets the engine choose.
-    metadata_server: "P2PHANDSHAKE" needs no server; "etcd://...", "http://...", "redis://..." go to the engine as given.
+    metadata_server: "P2PHANDSHAKE" needs no server; "etcd://...", "http://...", "redis://..." go to the engine as
+    given.
     host_address: address or name under which other hosts reach this rank's engine. None: environment variable
         MOE_A2A_HOST_ADDRESS if set, 127.0.0.1 if all ranks are on one machine, else this machine's own address.
 

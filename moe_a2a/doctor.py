@@ -282,5 +282,5 @@ def show(checks: Sequence[Check], console: Console) -> None:
         names = ", ".join(check.name for check in checks if check.fix == fix)
         console.print(Text(f"To mend {names}: {fix}"), soft_wrap=True)
     missing = [check.name for check in checks if check.status == "missing"]
-    verdict = f"CPU ranks cannot run here: {', '.join(missing)}" if missing else "CPU ranks can run here."
+    verdict = f"CPU ranks are not ready here: {', '.join(missing)}" if missing else "CPU ranks are ready here."
     console.print(Text(verdict, "bold red" if missing else "bold green"), soft_wrap=True)

@@ -21,19 +21,28 @@ _SMALLEST_AMAX = 1e-4
 
 
 def quantize(x: torch.Tensor, power_of_two: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantise rows. x: [T, H], any float dtype, H a multiple of 128. Returns (q float8_e4m3fn [T, H], scales fp32 [T, H/128]), x ~ q * scale.
+    """Quantise rows. x: [T, H], any float dtype, H a multiple of 128. Returns (q float8_e4m3fn [T, H], scales fp32
+    [T, H/128]), x ~ q * scale.
 
-    scale = max(|x|, 1e-4) / 448 over 128 columns, rounded up to a power of two if asked for. A NaN or infinity in x gives a
-    scale that is not finite.
+    scale = max(|x|, 1e-4) / 448 over 128 columns, rounded up to a power of two if asked for. A NaN or infinity in x
+    gives a scale that is not finite.
     """
     tokens, hidden = x.shape
     tiles = x.float().view(tokens, hidden // GROUP, GROUP)
     amax = tiles.abs().amax(dim=2).clamp_min(_SMALLEST_AMAX)
     scales = amax / FP8_MAX
     if power_of_two:
-        scales = torch.exp2(torch.ceil(torch.log2(scales)))
+        scales = _power_of_two_at_least(scales)
     q = (tiles / scales.unsqueeze(2)).to(FP8)
     return q.view(tokens, hidden), scales
+
+
+def _power_of_two_at_least(scales: torch.Tensor) -> torch.Tensor:
+    # By bits: log2 rounds, and next to a power of two would double the scale. Infinity and NaN stay what they are.
+    bits = scales.view(torch.int32)
+    up = (bits & 0x7FFFFF) != 0
+    rounded = (((bits >> 23) + up) << 23).view(torch.float32)
+    return torch.where(torch.isfinite(scales), rounded, scales)
 
 
 def is_power_of_two(scales: torch.Tensor) -> bool:
@@ -43,7 +52,8 @@ def is_power_of_two(scales: torch.Tensor) -> bool:
 
 
 def pack_ue8m0(scales: torch.Tensor) -> torch.Tensor:
-    """The biased exponents of four neighbouring scales in one int32, lowest byte first; the last word is padded with zeros.
+    """The biased exponents of four neighbouring scales in one int32, lowest byte first; the last word is padded with
+    zeros.
 
     scales: fp32 [..., G], powers of two. Returns int32 [..., ceil(G/4)].
     """

@@ -1,4 +1,5 @@
-"""Which ranks share a host, and who receives for whom between hosts. Pure functions over labels, but for `own_label`."""
+"""Which ranks share a host, and who receives for whom between hosts. Pure functions over labels, but for
+`own_label`."""
 
 from __future__ import annotations
 

@@ -27,7 +27,8 @@ SYSTEM_LIBRARIES = {
 
 def install_engine(extra: str = "cpu") -> str:
     """The command that installs a Transfer Engine. extra: "cpu", "cuda12" or "cuda13"."""
-    return f'pip install "moe-a2a[{extra}]"'
+    (wheel,) = (name for name, picked_by in ENGINE_WHEELS.items() if picked_by == extra)
+    return f'pip install "{wheel}>={MINIMUM_ENGINE}"'
 
 
 def replace_engine(extra: str = "cpu") -> str:

@@ -22,6 +22,7 @@ from moe_a2a.transport.arena import Arena
 from moe_a2a.transport.engine import Engine
 from moe_a2a.transport.handover import FdServer, fetch_fd
 from moe_a2a.transport.memory import HostMemory, available_memory, check_platform
+from moe_a2a.transport.progress import Progress
 from moe_a2a.transport.protocol import Transport
 from moe_a2a.transport.rail import RailTransport, RemotePeer
 from moe_a2a.transport.region import RegionLayout
@@ -29,7 +30,8 @@ from moe_a2a.transport.shared import SharedMemoryTransport
 from moe_a2a.transport.wait import Watch, named
 
 _FORMAT_VERSION = 1
-#: Share of the time-out that a rank may wait where others wait for it in turn, so that the origin is blamed and not the forwarder.
+#: Share of the time-out that a rank may wait where others wait for it in turn, so that the origin is blamed and not
+#: the forwarder.
 _FORWARD_SHARE = 0.8
 _ERRORS: dict[str, type[MoeA2AError]] = {e.__name__: e for e in (ConfigError, EngineError, RankLost, MoeA2AError)}
 
@@ -43,6 +45,7 @@ class Meeting:
     hosts: HostMap
     arena: Arena
     watch: Watch
+    progress: Progress | None
     transports: tuple[Transport, ...]
     resources: ExitStack
 
@@ -144,7 +147,10 @@ def _meet(config: Config, options: Options, bootstrap: Bootstrap, stack: ExitSta
             "address": opened[0].address(opened[0].index),
         },
     )
-    watch = Watch(memory, peers, rank)
+    progress = Progress() if engine is not None else None
+    if progress is not None:
+        stack.callback(progress.close, options.timeout_s)
+    watch = Watch(memory, peers, rank, progress)
     stack.callback(watch.close)
     arena = Arena(config, hosts, rank, memory, incarnations)
 
@@ -159,21 +165,20 @@ def _meet(config: Config, options: Options, bootstrap: Bootstrap, stack: ExitSta
                 watch.add_process(peer, pid)
         forward = _FORWARD_SHARE * options.timeout_s
         shared = SharedMemoryTransport(arena, watch, forward)
-        if engine is None:
+        if engine is None or progress is None:
             return (shared,)
         remote = {
             r: RemotePeer(places[r]["engine"], places[r]["address"])
             for r in range(world)
             if hosts.host_of[r] != arena.host
         }
-        rail = RailTransport(arena, engine, remote, watch, forward, options.timeout_s)
-        stack.callback(rail.close)
+        rail = RailTransport(arena, engine, remote, watch, progress, forward, options.timeout_s)
         rail.greet(options.timeout_s)
         return (rail, shared)
 
     transports, _ = rounds.run(connect, lambda _: True)
     server.close()
-    return Meeting(hosts, arena, watch, transports, stack)
+    return Meeting(hosts, arena, watch, progress, transports, stack)
 
 
 def _compare(hellos: Sequence[dict[str, Any]]) -> None:
@@ -189,7 +194,8 @@ def _compare(hellos: Sequence[dict[str, Any]]) -> None:
             for field, value in hellos[0][part].items():
                 if hello[part].get(field) != value:
                     raise ConfigError(
-                        f"{field} differs between ranks: rank 0 has {value!r}, rank {rank} has {hello[part].get(field)!r}; "
+                        f"{field} differs between ranks: rank 0 has {value!r}, rank {rank} has "
+                        f"{hello[part].get(field)!r}; "
                         "give every rank the same"
                     )
 
@@ -198,9 +204,11 @@ def _check_memory(config: Config, world: int, region: int, machine_total: int) -
     free = available_memory()
     if machine_total > free:
         raise ConfigError(
-            f"communication buffers of this machine's ranks need {machine_total / 1e9:.2f} GB ({region / 1e9:.2f} GB for this rank: "
+            f"communication buffers of this machine's ranks need {machine_total / 1e9:.2f} GB ({region / 1e9:.2f} GB "
+            f"for this rank: "
             f"{len(config.channels)} channels x 2 parities x rows of {config.row_bytes} bytes for max_tokens_per_rank="
-            f"{config.max_tokens_per_rank} and {world} ranks), but {free / 1e9:.2f} GB are free; lower max_tokens_per_rank"
+            f"{config.max_tokens_per_rank} and {world} ranks), but {free / 1e9:.2f} GB are free; lower "
+            f"max_tokens_per_rank"
         )
 
 
@@ -216,7 +224,8 @@ def _own_address(one_machine: bool) -> str:
     usable = sorted(a for a in found if not a.startswith("127."))
     if not usable:
         raise ConfigError(
-            f"this machine's own name {name!r} gives no address that other hosts could use; set Options.host_address or "
+            f"this machine's own name {name!r} gives no address that other hosts could use; set Options.host_address "
+            f"or "
             "MOE_A2A_HOST_ADDRESS to this machine's IP address"
         )
     return usable[0]

@@ -45,7 +45,8 @@ class Received:
     """The tokens that have an expert on this rank, over all arrivals, N in all, and their P (token, expert) pairs.
 
     arrival_rows: per arrival, which of its rows are meant for this rank; table_rows: int64 [N]; source: int32 [N, 2] of
-    (source rank, token); local_ids: int32 [N, K], -1 elsewhere; pair_row, pair_k, pair_expert: int64 [P], in (source, token, k) order.
+    (source rank, token); local_ids: int32 [N, K], -1 elsewhere; pair_row, pair_k, pair_expert: int64 [P], in (source,
+    token, k) order.
     """
 
     arrival_rows: tuple[LongArray, ...]
@@ -92,8 +93,8 @@ def receive(arrivals: Sequence[Arrival], first_expert: int, experts: int, top_k:
 class Placement:
     """Where each (token, expert) pair goes in an output that is grouped by expert.
 
-    slot: int64 [P], output row of each pair, in pair order; counts: int64 [E_l]; starts: int64 [E_l + 1], first output row of each
-    expert; by_expert: int64 [P], the pairs in output order.
+    slot: int64 [P], output row of each pair, in pair order; counts: int64 [E_l]; starts: int64 [E_l + 1], first
+    output row of each expert; by_expert: int64 [P], the pairs in output order.
     """
 
     slot: LongArray
@@ -105,7 +106,8 @@ class Placement:
 def place(received: Received, starts_of: LongArray | None, experts: int, alignment: int = 1) -> Placement:
     """Give each pair a row: expert by expert, (source, token) order inside.
 
-    starts_of: int64 [E_l + 1], fixed first rows (masked layout); None: experts follow each other, each padded to `alignment`.
+    starts_of: int64 [E_l + 1], fixed first rows (masked layout); None: experts follow each other, each padded to
+    `alignment`.
     """
     by_expert = np.argsort(received.pair_expert, kind="stable")
     counts = np.bincount(received.pair_expert, minlength=experts).astype(np.int64)
@@ -121,15 +123,16 @@ def place(received: Received, starts_of: LongArray | None, experts: int, alignme
 
 @dataclass(frozen=True)
 class Contribution:
-    """Rows that one rank, or one other host, returns for this rank's tokens: row j, from `first_row` on, belongs to `tokens[j]`."""
+    """Rows that one rank, or one other host, returns for this rank's tokens: row j, from `first_row` on, belongs to
+    `tokens[j]`."""
 
     tokens: LongArray
     first_row: int
 
 
 def bags(tokens: int, contributions: Sequence[Contribution]) -> tuple[LongArray, LongArray]:
-    """Which table rows make up each token's sum. Returns (index int64 [P], offsets int64 [tokens + 1]), the rows of a token
-    in the order of `contributions`."""
+    """Which table rows make up each token's sum. Returns (index int64 [P], offsets int64 [tokens + 1]), the rows of a
+    token in the order of `contributions`."""
     table = np.full((tokens, len(contributions)), -1, dtype=np.int64)
     for column, contribution in enumerate(contributions):
         table[contribution.tokens, column] = contribution.first_row + np.arange(len(contribution.tokens))

@@ -1,7 +1,8 @@
 """Moving and summing rows of a table: the permute and unpermute of CPU ranks.
 
 Both run at the speed of memory. Sums use torch's `embedding_bag`, whose CPU kernels gather, scale and add in fp32
-registers and round once; a gather, a cast and an `index_add_` would cross memory some ten times and round each partial sum.
+registers and round once; a gather, a cast and an `index_add_` would cross memory some ten times and round each
+partial sum.
 """
 
 from __future__ import annotations
@@ -23,9 +24,16 @@ def gather(table: torch.Tensor, index: LongArray, out: torch.Tensor) -> None:
 def gather_segments(
     table: torch.Tensor, index: LongArray, counts: LongArray, starts: LongArray, out: torch.Tensor
 ) -> None:
-    """Segment e of `index` (counts[e] entries, one after another) goes to the rows of `out` from starts[e] on. Other rows of
+    """Segment e of `index` (counts[e] entries, one after another) goes to the rows of `out` from starts[e] on. Other
+    rows of
     `out` are not touched. table: [n, H]; out: [m, H], contiguous."""
     indices = torch.from_numpy(index)
+    if len(index) * table.shape[1] * table.element_size() <= _CHUNK_BYTES:
+        # A few rows for many segments: two calls through the cache cost less than one call a segment.
+        within = np.arange(len(index)) - np.repeat(np.cumsum(counts) - counts, counts)
+        target = torch.from_numpy(within + np.repeat(starts[: len(counts)], counts))
+        out.index_copy_(0, target, torch.index_select(table, 0, indices))
+        return
     at = 0
     for start, count in zip(starts.tolist(), counts.tolist(), strict=False):
         if count:
@@ -42,11 +50,13 @@ def _split(weights: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, tor
 def sum_rows(
     table: torch.Tensor, index: LongArray, offsets: LongArray, out: torch.Tensor, weights: FloatArray | None = None
 ) -> None:
-    """out[i] = sum over j in offsets[i] .. offsets[i+1] of weights[j] * table[index[j]], in that order, fp32 accumulation.
+    """out[i] = sum over j in offsets[i] .. offsets[i+1] of weights[j] * table[index[j]], in that order, fp32
+    accumulation.
 
-    table: [n, H] bf16, fp16 or fp32; index: int64 [p]; offsets: int64 [m + 1]; out: [m, H], the table's dtype; weights: fp32 [p]
-    or None for ones. An empty sum is zero. The kernels take weights of the table's dtype only, so that bf16 and fp16 rows are
-    added twice, with the two halves of their fp32 weight (`_split`): the second read comes from cache.
+    table: [n, H] bf16, fp16 or fp32; index: int64 [p]; offsets: int64 [m + 1]; out: [m, H], the table's dtype;
+    weights: fp32 [p] or None for ones. An empty sum is zero. The kernels take weights of the table's dtype only, so
+    that bf16 and fp16 rows are added twice, with the two halves of their fp32 weight (`_split`): the second read comes
+    from cache.
     """
     indices = torch.from_numpy(index)
     scale: torch.Tensor | None = None

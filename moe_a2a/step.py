@@ -31,7 +31,8 @@ class Phase(Enum):
 
 @dataclass
 class Traffic:
-    """What this rank put on the network in a step, and when (CLOCK_MONOTONIC, ns): first post and last announcement of each direction."""
+    """What this rank put on the network in a step, and when (CLOCK_MONOTONIC, ns): first post and last announcement
+    of each direction."""
 
     wire_bytes: int = 0
     dispatch_posted: int = 0
@@ -42,7 +43,8 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Outgoing:
-    """A rank's own tokens of one step. rows: [T, H] of the payload dtype, or uint8 [T, H] holding FP8; scales: fp32 [T, G] for FP8."""
+    """A rank's own tokens of one step. rows: [T, H] of the payload dtype, or uint8 [T, H] holding FP8; scales: fp32
+    [T, G] for FP8."""
 
     rows: torch.Tensor
     ids: IntArray
@@ -64,6 +66,7 @@ class Step:
     arrivals: list[Arrival] = field(default_factory=list)
     received: Received | None = None
     placement: Placement | None = None
+    published: bool = False
     layout: str = ""
     output_rows: int = 0
     sent_to_host: dict[int, LongArray] = field(default_factory=dict)

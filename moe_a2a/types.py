@@ -43,12 +43,12 @@ class Handle:
 class Masked:
     """Decode layout: a fixed block of rows for each local expert. Shapes do not depend on the routing.
 
-    x: [E_l, R*M, H], payload dtype or float8_e4m3fn; the first counts[e] rows of expert e hold tokens, in (source rank, token)
-        order; the others are never written.
+    x: [E_l, R*M, H], payload dtype or float8_e4m3fn; the first counts[e] rows of expert e hold tokens, in (source
+        rank, token) order; the others are never written.
     counts: int32 [E_l].
     source: int32 [E_l, R*M], source rank * M + token number, for the rows that hold tokens.
-    scales: None, or fp32 [E_l, R*M, H/128], or int32 [E_l, R*M, ceil(H/512)] for UE8M0; the last two dimensions are stored
-        column-major, as DeepGEMM reads them.
+    scales: None, or fp32 [E_l, R*M, H/128], or int32 [E_l, R*M, ceil(H/512)] for UE8M0; the last two dimensions are
+        stored column-major, as DeepGEMM reads them.
     Storage belongs to the AllToAll unless `out` was given: valid until the channel's next dispatch but one.
     """
 
@@ -87,8 +87,8 @@ class Contiguous:
 class Grouped:
     """Prefill layout, grouped by expert for a grouped GEMM: a token has one row for each of its local experts.
 
-    x: [P, H], payload dtype or float8_e4m3fn; expert by expert, each padded to `alignment` rows; (source rank, token) order inside.
-        Padding rows are never written.
+    x: [P, H], payload dtype or float8_e4m3fn; expert by expert, each padded to `alignment` rows; (source rank, token)
+        order inside. Padding rows are never written.
     expert_ids: int32 [P], the local expert of each row, -1 for padding.
     counts: int32 [E_l], rows without padding. offsets: int32 [E_l + 1], first row of each expert.
     topk_weights: fp32 [P], 0 for padding; None if weights were not given at dispatch.

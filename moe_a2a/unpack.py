@@ -12,7 +12,7 @@ from moe_a2a.fp8 import FP8, ScaleFormat, convert_scales, scale_columns
 from moe_a2a.routing import Received, place
 from moe_a2a.rows import gather, gather_segments
 from moe_a2a.step import RowFormat, Step
-from moe_a2a.transport.wire import FloatArray, LongArray
+from moe_a2a.transport.wire import FloatArray, IntArray, LongArray
 from moe_a2a.types import Contiguous, Grouped, Handle, Masked
 
 
@@ -167,8 +167,9 @@ class Unpacker:
             )
         return out[: shape[0]]
 
-    def _source(self, received: Received) -> np.ndarray:  # type: ignore[type-arg]
-        return received.source[:, 0] * np.int32(self._config.max_tokens_per_rank) + received.source[:, 1]
+    def _source(self, received: Received) -> IntArray:
+        source: IntArray = received.source[:, 0] * np.int32(self._config.max_tokens_per_rank) + received.source[:, 1]
+        return source
 
     def _scales(self, step: Step, received: Received) -> torch.Tensor:
         parts = [

@@ -1,38 +1,36 @@
 """The Mooncake Transfer Engine, loaded, checked and wrapped: register memory, post writes, ask how they are.
 
-The engine reports little by itself: an unknown protocol falls back to TCP without a word, a failed submit is batch id 0. This module
-turns that into errors that say what to do.
+The engine reports little by itself: an unknown protocol falls back to TCP without a word, a failed submit is batch id
+0. This module turns that into errors that say what to do.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import json
 import os
 import pathlib
+import sys
+import tempfile
 import threading
+from collections.abc import Iterator
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 from packaging.version import Version
 
 from moe_a2a.errors import EngineError
+from moe_a2a.libraries import ENGINE_WHEELS, MINIMUM_ENGINE, how_to_get, install_engine, missing_library
 
-DISTRIBUTIONS = (
-    "mooncake-transfer-engine-non-cuda",
-    "mooncake-transfer-engine-cuda13",
-    "mooncake-transfer-engine",
-)
-MINIMUM = Version("0.3.13.post1")
-_INSTALL = "pip install 'moe-a2a[cpu]' (no GPU), 'moe-a2a[cuda12]' or 'moe-a2a[cuda13]'"
-_LIBRARIES = {"libibverbs.so.1": "apt-get install libibverbs1 ibverbs-providers", "libcuda.so.1": _INSTALL}
+_NOISE = (b"Logging before InitGoogleLogging", b"Local segment descriptor not found")
 _RDMA_DEVICES = pathlib.Path("/sys/class/infiniband")
 
 
 def installed_version() -> tuple[str, Version] | None:
     """(distribution, version) of the installed engine wheel, if any."""
-    for name in DISTRIBUTIONS:
+    for name in ENGINE_WHEELS:
         try:
             return name, Version(importlib.metadata.version(name))
         except importlib.metadata.PackageNotFoundError:
@@ -45,23 +43,27 @@ def load() -> ModuleType:
     found = installed_version()
     if found is None:
         raise EngineError(
-            f"ranks on several hosts need the Mooncake Transfer Engine, which is not installed; {_INSTALL}"
+            f"ranks on several hosts need the Mooncake Transfer Engine, which is not installed; {install_engine()} "
+            "(on GPU machines the wheel for their CUDA: moe-a2a doctor says which)"
         )
     name, version = found
-    if version < MINIMUM:
+    if version < Version(MINIMUM_ENGINE):
         raise EngineError(
-            f"{name} {version} is too old (its TCP writes are not acknowledged); install {MINIMUM} or later: {_INSTALL}"
+            f"{name} {version} is too old (its TCP writes are not acknowledged); {MINIMUM_ENGINE} or later is needed: "
+            f"{install_engine(ENGINE_WHEELS[name])}"
         )
     if os.environ.get("MC_TCP_PROTO") == "1":
         raise EngineError(
-            "MC_TCP_PROTO=1 turns off acknowledged TCP writes, so that rows could be read before they are there; unset it"
+            "MC_TCP_PROTO=1 turns off acknowledged TCP writes, so that rows could be read before they are there; "
+            "unset it"
         )
     os.environ.setdefault("MC_LOG_LEVEL", "ERROR")  # read when the first engine is made
     try:
         return importlib.import_module("mooncake.engine")
     except ImportError as error:
-        hint = next((fix for library, fix in _LIBRARIES.items() if library in str(error)), "moe-a2a doctor tells more")
-        raise EngineError(f"{name} {version} is installed but cannot be loaded: {error}; {hint}") from error
+        library = missing_library(str(error))
+        fix = how_to_get(library, ENGINE_WHEELS[name]) if library else "moe-a2a doctor tells more"
+        raise EngineError(f"{name} {version} is installed but cannot be loaded: {error}; {fix}") from error
 
 
 def rdma_devices() -> list[str]:
@@ -70,7 +72,8 @@ def rdma_devices() -> list[str]:
 
 
 def check_protocol(module: ModuleType, protocol: str, device_filter: str) -> None:
-    """Raise EngineError unless the engine and this machine offer `protocol` (asked now, because the engine would fall back to TCP)."""
+    """Raise EngineError unless the engine and this machine offer `protocol` (asked now, because the engine would fall
+    back to TCP)."""
     offered = ["tcp", "rdma"] + (["efa"] if getattr(module, "SUPPORT_EFA", False) else [])
     if protocol not in offered:
         raise EngineError(
@@ -87,20 +90,41 @@ def check_protocol(module: ModuleType, protocol: str, device_filter: str) -> Non
         raise EngineError(f"device_filter names {', '.join(unknown)}; this machine has {', '.join(devices)}")
 
 
+@contextlib.contextmanager
+def _quiet_start() -> Iterator[None]:
+    """Keep two lines of the engine's start from the user: they report an error where there is none. Anything else is
+    passed on."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as log:
+        os.dup2(log.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            log.seek(0)
+            lines = [line for line in log if not any(noise in line for noise in _NOISE)]
+            if lines:
+                os.write(2, b"".join(lines))
+
+
 class Engine:
     """One Transfer Engine of this process. `name` is where peers reach it ("host:port")."""
 
-    _shared: dict[tuple[str, str, str, str], Engine] = {}
+    _shared: ClassVar[dict[tuple[str, str, str, str], Engine]] = {}
     _lock = threading.Lock()
 
     def __init__(self, address: str, protocol: str, device_filter: str, metadata_server: str) -> None:
         module = load()
         check_protocol(module, protocol, device_filter)
-        self._engine: Any = module.TransferEngine()
-        code = self._engine.initialize(address, metadata_server, protocol, device_filter)
+        with _quiet_start():
+            self._engine: Any = module.TransferEngine()
+            code = self._engine.initialize(address, metadata_server, protocol, device_filter)
         if code != 0:
             raise EngineError(
-                f"the Transfer Engine did not start (code {code}): host_address={address!r}, metadata_server={metadata_server!r}, "
+                f"the Transfer Engine did not start (code {code}): host_address={address!r}, "
+                f"metadata_server={metadata_server!r}, "
                 f"protocol={protocol!r}; check that the address is this machine's and that the metadata server answers"
             )
         if protocol == "rdma":
@@ -110,7 +134,8 @@ class Engine:
 
     @classmethod
     def get(cls, address: str, protocol: str, device_filter: str, metadata_server: str) -> Engine:
-        """The engine of this process with these settings; an engine has threads and ports, so that objects share one."""
+        """The engine of this process with these settings; an engine has threads and ports, so that objects share
+        one."""
         key = (address, protocol, device_filter, metadata_server)
         with cls._lock:
             if key not in cls._shared:
@@ -121,7 +146,8 @@ class Engine:
         topology = json.loads(self._engine.get_local_topology() or "{}")
         if not any(names for lists in topology.values() for names in lists):
             raise EngineError(
-                "the Transfer Engine found no usable RDMA device and would use TCP; use protocol='tcp' or mend the device"
+                "the Transfer Engine found no usable RDMA device and would use TCP; use protocol='tcp' or mend the "
+                "device"
             )
 
     def register(self, address: int, nbytes: int) -> None:
@@ -136,15 +162,16 @@ class Engine:
         self._engine.unregister_memory(address)
 
     def submit_write(self, peer: str, source: int, target: int, nbytes: int) -> int:
-        """Post one write of registered memory to a peer's registered memory. Returns a batch id; never waits for the peer's
-        application. Raises EngineError if the peer cannot be reached."""
+        """Post one write of registered memory to a peer's registered memory. Returns a batch id; never waits for the
+        peer's application. Raises EngineError if the peer cannot be reached."""
         batch: int = self._engine.transfer_submit_write(peer, source, target, nbytes)
         if batch == 0:
             raise EngineError(f"{peer} cannot be reached by {self.protocol}; is the process alive and the port open?")
         return batch
 
     def is_done(self, batch: int, peer: str) -> bool:
-        """Has the write been applied at the peer? Never waits. Raises EngineError if it failed; do not ask again after True or an error."""
+        """Has the write been applied at the peer? Never waits. Raises EngineError if it failed; do not ask again
+        after True or an error."""
         code = self._engine.transfer_check_status(batch)
         if code < 0:
             raise EngineError(f"a write to {peer} by {self.protocol} {'timed out' if code == -2 else 'failed'}")

@@ -1,7 +1,7 @@
 """Passing memory descriptors between the ranks of a host over an abstract Unix socket.
 
-The socket has no name in any file system. A caller must run under the same user and show the token that was exchanged during
-bootstrap; it gets one read-only descriptor and the connection ends.
+The socket has no name in any file system. A caller must run under the same user and show the token that was exchanged
+during bootstrap; it gets one read-only descriptor and the connection ends.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ def fetch_fd(rank: int, name: str, token: str, timeout_s: float) -> tuple[int, i
             data, fds, _, _ = socket.recv_fds(connection, 1, 1)
         except OSError as error:
             message = (
-                f"rank {rank} is said to be on this host, but its memory could not be fetched: {error}. If the ranks are in different "
+                f"rank {rank} is said to be on this host, but its memory could not be fetched: {error}. If the ranks "
+                f"are in different "
                 "network namespaces (containers), give them different host labels (Options.host or MOE_A2A_HOST)"
             )
             raise RankLost(message, [rank]) from error

@@ -1,8 +1,8 @@
 """The regions of a host's ranks, mapped side by side into each of them: own region writable, the others read-only.
 
 Memory is anonymous (memfd): it has no name, so nothing is left behind after kill -9, and it does not count against a
-container's /dev/shm. The descriptor is sealed before it is handed over: the kernel itself refuses a second writable mapping, so a
-peer can read what was published for it and write nothing.
+container's /dev/shm. The descriptor is sealed before it is handed over: the kernel itself refuses a second writable
+mapping, so a peer can read what was published for it and write nothing.
 """
 
 from __future__ import annotations

@@ -1,33 +1,33 @@
-"""A thread that drives transfers between hosts, so that they go on while the caller computes.
+"""Drives transfers between hosts: whoever waits for something, else a thread, so that they go on while the caller
+computes.
 
-Tasks are generators that yield while they wait. The thread sleeps when there is none.
+Tasks are generators that yield while they wait.
 """
 
 from __future__ import annotations
 
-import ctypes
-import os
+import contextlib
 import threading
 import time
 from collections.abc import Generator
 
-_PR_SET_TIMERSLACK = 29
-_SPINS = 30
-_NAP_S = 20e-6
+#: Pause between two looks at the tasks while nobody waits, and before the first: a caller that sends and then waits
+#: drives them itself.
+_THREAD_NAP_S = 150e-6
 
 
 class Task:
     """A transfer in progress. `error` is set if it failed; `done` once it ended either way."""
 
     def __init__(self, run: Generator[None, None, None]) -> None:
-        self.run = run
+        self._run = run
         self.done = False
         self.error: BaseException | None = None
 
     def advance(self) -> bool:
         """Go on to the next wait. True if the task has ended."""
         try:
-            next(self.run)
+            next(self._run)
         except StopIteration:
             self.done = True
         except BaseException as error:  # the waiting caller raises it
@@ -37,50 +37,81 @@ class Task:
 
 
 class Progress:
-    """The thread. `start` hands it a task; `close` lets the tasks at hand end first."""
+    """The tasks of one transport and the thread that drives them when nobody else does."""
 
     def __init__(self) -> None:
         self._tasks: list[Task] = []
         self._wake = threading.Condition()
+        self._driver = threading.Lock()
+        self._waiters = 0
         self._closing = False
+        self._failed: BaseException | None = None
         self._thread = threading.Thread(target=self._loop, name="moe_a2a-progress", daemon=True)
         self._thread.start()
 
     def start(self, run: Generator[None, None, None]) -> Task:
+        """Begin a task: its first stretch runs here, so that a transfer is posted at once."""
         task = Task(run)
-        # The first stretch runs here: a transfer is posted without waiting for the thread to be scheduled.
-        if not task.advance():
+        if task.advance():
+            if task.error is not None:
+                raise task.error
+        else:
             with self._wake:
                 self._tasks.append(task)
-                self._wake.notify()
+                if not self._waiters:
+                    self._wake.notify()
         return task
 
+    def drive(self) -> bool:
+        """Advance all tasks, unless another thread is at it. True if one has ended. Raises the first error of a task,
+        now and ever after: a transfer that failed is not made again."""
+        if self._failed is not None:
+            raise self._failed
+        if not self._tasks or not self._driver.acquire(blocking=False):
+            return False
+        try:
+            ended = [task for task in list(self._tasks) if task.advance()]
+        finally:
+            self._driver.release()
+        if ended:
+            self._failed = next((task.error for task in ended if task.error is not None), None)
+            with self._wake:
+                self._tasks = [task for task in self._tasks if not task.done]
+        return bool(ended)
+
+    def settle(self, timeout_s: float) -> None:
+        """Give the tasks at hand a last chance: after a failure, reports to other ranks may be among them."""
+        deadline = time.monotonic() + timeout_s
+        while self._tasks and time.monotonic() < deadline:
+            time.sleep(_THREAD_NAP_S)
+
+    def __enter__(self) -> Progress:
+        """The caller drives from here to the end of the block; the thread rests."""
+        with self._wake:
+            self._waiters += 1
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._wake:
+            self._waiters -= 1
+            if self._tasks:
+                self._wake.notify()
+
     def close(self, timeout_s: float) -> None:
+        """Let the tasks at hand end, at most `timeout_s`, and end the thread."""
         with self._wake:
             self._closing = True
             self._wake.notify()
         self._thread.join(timeout_s)
 
     def _loop(self) -> None:
-        # The kernel rounds naps up by 50 us unless told otherwise; for this thread only.
-        ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1000, 0, 0, 0)
-        idle = 0
         while True:
             with self._wake:
-                while not self._tasks:
-                    if self._closing:
+                while not self._tasks or self._waiters:
+                    if self._closing and not self._tasks:
                         return
                     self._wake.wait()
-                    idle = 0
-                tasks = list(self._tasks)
-            ended = [task for task in tasks if task.advance()]
-            if ended:
-                idle = 0
-                with self._wake:
-                    self._tasks = [task for task in self._tasks if not task.done]
-                continue
-            idle += 1
-            if idle < _SPINS:
-                os.sched_yield()
-            else:
-                time.sleep(_NAP_S)
+            time.sleep(_THREAD_NAP_S)
+            if not self._waiters:
+                with contextlib.suppress(Exception):  # the caller's next wait raises it
+                    self.drive()

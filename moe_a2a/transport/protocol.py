@@ -15,9 +15,10 @@ SumOrder = tuple[int, int]
 class Transport(Protocol):
     """Moves one step's rows to and from `sources`, in four moves: dispatch, (weights), partial sums, combine.
 
-    `send_*` never waits for a peer. `recv_*` waits until every source, those with no tokens included, has announced its part, and
-    raises RankLost after the budget. Rows are read where they lie: an `Arrival` or `Contribution` names rows of the host's memory
-    table (`Arena`), valid until this rank starts the step after the next.
+    `send_*` never waits for a peer. `recv_*` waits until every source, those with no tokens included, has announced
+    its part, and
+    raises RankLost after the budget. Rows are read where they lie: an `Arrival` or `Contribution` names rows of the
+    host's memory table (`Arena`), valid until this rank starts the step after the next.
     """
 
     sources: tuple[int, ...]
@@ -40,6 +41,3 @@ class Transport(Protocol):
     def recv_combine(self, step: Step, discarded: bool = False) -> dict[SumOrder, Contribution]:
         """The sums that came back for this rank's own tokens. Raises HandleError unless
         all ranks did the same: combine the step, or discard it (then the result means nothing)."""
-
-    def close(self) -> None:
-        """Release what the transport holds."""

@@ -1,11 +1,12 @@
 """Between hosts: a token crosses once per destination host, to the rail peer, and its combined row crosses once back.
 
-Dispatch: tables and rows of the tokens that go to a host are packed into this rank's slot for that host; one engine write copies the
-slot into its mirror in the rail peer's region; when the write is complete a second, small one delivers the record that announces
-it (DESIGN.md D7). Forwarding costs nothing: every rank of that host has the rail peer's region mapped, and reads record and rows there.
+Dispatch: tables and rows of the tokens that go to a host are packed into this rank's slot for that host; one engine
+write copies the slot into its mirror in the rail peer's region; when the write is complete a second, small one delivers
+the record that announces it (DESIGN.md D7). Forwarding costs nothing: every rank of that host has the rail peer's
+region mapped, and reads record and rows there.
 
-Combine: the ranks of a host leave their partial sums in their own regions; the rail peer of each source adds them up into the
-source's slot and writes the rows back into the mirror slot that they came from.
+Combine: the ranks of a host leave their partial sums in their own regions; the rail peer of each source adds them up
+into the source's slot and writes the rows back into the mirror slot that they came from.
 """
 
 from __future__ import annotations
@@ -18,16 +19,19 @@ import numpy as np
 
 from moe_a2a.errors import EngineError, MoeA2AError, RankLost
 from moe_a2a.routing import Arrival, Contribution, bags, rank_hits
-from moe_a2a.rows import gather, sum_rows
+from moe_a2a.rows import sum_rows
 from moe_a2a.step import RowFormat, Step
 from moe_a2a.transport.arena import Arena
 from moe_a2a.transport.engine import Engine
 from moe_a2a.transport.progress import Progress
 from moe_a2a.transport.protocol import SumOrder
 from moe_a2a.transport.region import RegionLayout, Slot
-from moe_a2a.transport.shared import check_discarded, check_header
+from moe_a2a.transport.shared import check_discarded
 from moe_a2a.transport.wait import Poll, Watch, out_of_time, wait_for
-from moe_a2a.transport.wire import RECORD_BYTES, FloatArray, Kind, LongArray, Record, Status, Tables
+from moe_a2a.transport.wire import RECORD_BYTES, FloatArray, Kind, Record, Status
+
+#: Share of the tokens from which on all are sent to a host: at most 3 % more bytes than needed.
+_NEARLY_ALL = 0.97
 
 
 @dataclass(frozen=True)
@@ -47,56 +51,74 @@ class RailTransport:
         engine: Engine,
         peers: Mapping[int, RemotePeer],
         watch: Watch,
+        progress: Progress,
         forward_budget_s: float,
         budget_s: float,
     ) -> None:
-        """forward_budget_s: for waits whose failure is reported to ranks that wait for this one; budget_s: for the others."""
-        self._arena, self._engine, self._peers, self._watch = arena, engine, peers, watch
+        """forward_budget_s: for waits whose failure is reported to ranks that wait for this one; budget_s: for the
+        others."""
+        self._arena, self._engine, self._peers = arena, engine, peers
+        self._watch, self._progress = watch, progress
         self._forward_budget, self._budget = forward_budget_s, budget_s
         self._config, self._hosts = arena.config, arena.hosts
-        self._groups, self._top_k = arena.config.groups, arena.config.top_k
         self.sources = self._hosts.remote_ranks(arena.host)
         self._remote_hosts = self._hosts.remote_hosts(arena.host)
         self._rails = {host: self._hosts.rail(host, arena.rank) for host in self._remote_hosts}
         self._railed = self._hosts.sources_railed_to(arena.rank)
         self._receiver = {source: self._hosts.rail(arena.host, source) for source in self.sources}
+        self._numbers = np.arange(self._config.max_tokens_per_rank, dtype=np.int64)
         self._layouts = {host: RegionLayout.of(self._config, self._hosts, host) for host in self._remote_hosts}
-        self._progress = Progress()
 
     def send_dispatch(self, step: Step) -> None:
-        out, block = step.outgoing, self._arena.block(step)
+        arena, block = self._arena, self._arena.block(step)
         for host, rail in self._rails.items():
-            rows = np.flatnonzero(out.hits[:, list(self._hosts.ranks_of[host])].any(axis=1))
-            step.sent_to_host[host] = rows
+            rows = np.flatnonzero(step.outgoing.hits[:, list(self._hosts.ranks_of[host])].any(axis=1))
             slot = block.host_slots[host]
-            start = self._pack(step, slot, rows)
-            nbytes = len(rows) * self._arena.row_bytes(step.row_format) - start if len(rows) else 0
-            mirror = self._mirror(step, host)
-            record = self._arena.record(step, Kind.DISPATCH, len(rows), nbytes=nbytes)
-            self._start(step, rail, record, slot, mirror, start)
+            at = slot.rows
+            if len(rows) >= _NEARLY_ALL * step.tokens:
+                # Nearly all tokens go there: send the published ones as they lie. A few rows too many cost less than
+                # a second copy.
+                arena.publish(step)
+                rows, at = self._numbers[: step.tokens], block.publish
+            else:
+                arena.pack(step, at, rows)
+            step.sent_to_host[host] = rows
+            start = arena.tables(step, len(rows)).tokens
+            nbytes = len(rows) * arena.row_bytes(step.row_format) - start if len(rows) else 0
+            record = arena.record(step, Kind.DISPATCH, len(rows), nbytes=nbytes)
+            self._start(step, rail, record, slot, self._mirror(step, host), at, start)
 
     def recv_dispatch(self, step: Step) -> list[Arrival]:
         polls = {source: self._from_source(step, source, Kind.DISPATCH) for source in self.sources}
-        records = wait_for(polls, self._forward_budget, self._watch, f"dispatch of {step}", step.tasks)
+        records = wait_for(polls, self._forward_budget, self._watch, f"dispatch of {step}")
         step.traffic.dispatch_announced = time.monotonic_ns()
-        return [self._arrival(step, source, records[source]) for source in self.sources]
+        slots = self._arena.block(step).source_slots
+        return [
+            self._arena.arrival(step, source, records[source], self._receiver[source], slots[source].rows)
+            for source in self.sources
+        ]
 
     def send_weights(self, step: Step, weights: FloatArray) -> None:
+        arena = self._arena
         for host, rail in self._rails.items():
             rows = step.sent_to_host[host]
-            slot = self._arena.block(step).host_slots[host]
-            tables = self._tables(step, len(rows))
-            self._table(self._arena.rank, slot.rows + tables.weights, len(rows), self._top_k, np.float32)[:] = weights[
-                rows
-            ]
-            record = self._arena.record(step, Kind.WEIGHTS, len(rows), nbytes=len(rows) * self._top_k * 4)
-            self._start(step, rail, record, slot, self._mirror(step, host), tables.weights)
+            slot = arena.block(step).host_slots[host]
+            arena.weights(step, arena.rank, slot.rows, len(rows))[:] = weights[rows]
+            record = arena.record(step, Kind.WEIGHTS, len(rows), nbytes=len(rows) * arena.config.top_k * 4)
+            start = arena.tables(step, len(rows)).weights
+            self._start(step, rail, record, slot, self._mirror(step, host), slot.rows, start)
 
     def recv_weights(self, step: Step) -> dict[int, FloatArray]:
         polls = {source: self._from_source(step, source, Kind.WEIGHTS) for source in self.sources}
-        wait_for(polls, self._forward_budget, self._watch, f"router weights of {step}", step.tasks)
-        rows = {arrival.rank: len(arrival.ids) for arrival in step.arrivals}
-        return {source: self._weights(step, source, rows[source]) for source in self.sources}
+        wait_for(polls, self._forward_budget, self._watch, f"router weights of {step}")
+        slots = self._arena.block(step).source_slots
+        return {
+            arrival.rank: self._arena.weights(
+                step, self._receiver[arrival.rank], slots[arrival.rank].rows, len(arrival.ids)
+            )
+            for arrival in step.arrivals
+            if arrival.rank in polls
+        }
 
     def send_combine(self, step: Step, discarded: bool) -> None:
         self._arena.announce(step, Kind.PARTIALS_AWAY, Status.DISCARDED if discarded else Status.OK)
@@ -109,7 +131,7 @@ class RailTransport:
         polls: dict[int, Poll] = {}
         for host, rail in self._rails.items():
             polls[rail] = arena.record_at(step, Kind.COMBINE, arena.rank, block.host_slots[host].inbox, rail)
-        records = wait_for(polls, self._budget, self._watch, f"combine of {step}", step.tasks)
+        records = wait_for(polls, self._budget, self._watch, f"combine of {step}")
         step.traffic.combine_announced = time.monotonic_ns()
         check_discarded(step, records, discarded)
         sums = {}
@@ -119,69 +141,14 @@ class RailTransport:
                 raise MoeA2AError(
                     f"{step}: rank {rail} returned {records[rail].rows} rows of {len(rows)} that were sent"
                 )
-            first = arena.rows_at(step, arena.rank, block.host_slots[host].rows, RowFormat.PLAIN)
+            first = arena.rows_at(arena.rank, block.host_slots[host].rows, RowFormat.PLAIN)
             sums[(host, self._hosts.ranks_of[host][0])] = Contribution(rows, first)
         return sums
-
-    def close(self) -> None:
-        self._progress.close(self._budget)
-
-    # dispatch
-
-    def _tables(self, step: Step, rows: int) -> Tables:
-        return Tables.of(rows, self._top_k, 0 if step.row_format == RowFormat.PLAIN else self._groups)
-
-    def _pack(self, step: Step, slot: Slot, rows: LongArray) -> int:
-        """Fill this rank's slot with the tables and rows of `rows`. Returns where the tables start, relative to the first row."""
-        out, count, rank = step.outgoing, len(rows), self._arena.rank
-        tables = self._tables(step, count)
-        self._table(rank, slot.rows + tables.tokens, count, 1, np.int32)[:, 0] = rows
-        self._table(rank, slot.rows + tables.ids, count, self._top_k, np.int32)[:] = out.ids[rows]
-        if out.weights is not None:
-            self._table(rank, slot.rows + tables.weights, count, self._top_k, np.float32)[:] = out.weights[rows]
-        if out.scales is not None:
-            self._table(rank, slot.rows + tables.scales, count, self._groups, np.float32)[:] = out.scales.numpy()[rows]
-        packed = self._arena.own_rows(slot.rows, count, step.row_format)
-        if count == step.tokens:
-            packed.copy_(out.rows)
-        elif count:
-            gather(out.rows, rows, packed)
-        return tables.tokens
-
-    def _arrival(self, step: Step, source: int, record: Record) -> Arrival:
-        check_header(step, source, record, self._config.max_tokens_per_rank)
-        rows, receiver = record.rows, self._receiver[source]
-        at = self._arena.block(step).source_slots[source].rows
-        tables = self._tables(step, rows)
-        tokens = self._table(receiver, at + tables.tokens, rows, 1, np.int32)[:, 0]
-        if rows and (tokens.min() < 0 or tokens.max() >= record.tokens):
-            raise MoeA2AError(f"{step}: rank {source} sent token numbers outside its {record.tokens} tokens")
-        scales = None
-        if step.row_format != RowFormat.PLAIN:
-            scales = self._table(receiver, at + tables.scales, rows, self._groups, np.float32)
-        return Arrival(
-            source,
-            tokens,
-            self._table(receiver, at + tables.ids, rows, self._top_k, np.int32),
-            self._weights(step, source, rows) if step.has_weights else None,
-            scales,
-            self._arena.rows_at(step, receiver, at, step.row_format),
-        )
-
-    def _weights(self, step: Step, source: int, rows: int) -> FloatArray:
-        at = self._arena.block(step).source_slots[source].rows + self._tables(step, rows).weights
-        table: FloatArray = self._table(self._receiver[source], at, rows, self._top_k, np.float32)
-        return table
 
     def _from_source(self, step: Step, source: int, kind: Kind) -> Poll:
         """A poll for the record of a rank of another host, in its slot at its rail peer here."""
         inbox = self._arena.block(step).source_slots[source].inbox
         return self._arena.record_at(step, kind, self._receiver[source], inbox, source)
-
-    def _table(self, rank: int, offset: int, rows: int, columns: int, dtype: type) -> np.ndarray:  # type: ignore[type-arg]
-        memory = self._arena.memory
-        at = memory.position(self._arena.index[rank], offset)
-        return np.frombuffer(memory.bytes, dtype=dtype, count=rows * columns, offset=at).reshape(rows, columns)
 
     # combine
 
@@ -196,22 +163,25 @@ class RailTransport:
         except RankLost as error:
             missing = error.ranks[0] if error.ranks else arena.rank
             failed = replace(record, status=Status.FAULT, missing=missing, rows=0, nbytes=0)
-            yield from self._transfer(step, source, failed, slot, target, 0)
+            yield from self._transfer(step, source, failed, slot, target, slot.rows, 0)
             raise
         if any(r.status == Status.DISCARDED for r in records.values()):
             record = replace(record, status=Status.DISCARDED, rows=0, nbytes=0)
         elif len(arrival.ids):
-            hits = rank_hits(
-                arrival.ids, self._config.num_experts // len(self._hosts.host_of), len(self._hosts.host_of)
-            )
-            parts = [
-                Contribution(np.flatnonzero(hits[:, peer]), arena.partials_row(step, peer, source))
-                for peer in arena.peers
-            ]
-            index, offsets = bags(len(arrival.ids), parts)
-            out = arena.own_rows(slot.rows, len(arrival.ids), RowFormat.PLAIN)
-            sum_rows(arena.table(RowFormat.PLAIN), index, offsets, out)
-        yield from self._transfer(step, source, record, slot, target, 0)
+            self._sum_partials(step, arrival, slot)
+        yield from self._transfer(step, source, record, slot, target, slot.rows, 0)
+
+    def _sum_partials(self, step: Step, arrival: Arrival, slot: Slot) -> None:
+        """Rows of a source's slot = the sums of this host's partial rows, ranks ascending."""
+        arena, world = self._arena, len(self._hosts.host_of)
+        hits = rank_hits(arrival.ids, self._config.local_experts(world), world)
+        parts = [
+            Contribution(np.flatnonzero(hits[:, peer]), arena.partials_row(step, peer, arrival.rank))
+            for peer in arena.peers
+        ]
+        index, offsets = bags(len(arrival.ids), parts)
+        out = arena.own_rows(slot.rows, len(arrival.ids), RowFormat.PLAIN)
+        sum_rows(arena.table(RowFormat.PLAIN), index, offsets, out)
 
     def _collect(self, step: Step) -> Generator[None, None, dict[int, Record]]:
         """Wait, task fashion, until every rank of this host has left its sums for other hosts."""
@@ -240,13 +210,14 @@ class RailTransport:
         """The slot of this rank in the region of a rank of `host`."""
         return self._layouts[host].blocks[step.channel][step.parity].source_slots[self._arena.rank]
 
-    def _start(self, step: Step, peer: int, record: Record, slot: Slot, mirror: Slot, start: int) -> None:
-        step.tasks.append(self._progress.start(self._transfer(step, peer, record, slot, mirror, start)))
+    def _start(self, step: Step, peer: int, record: Record, slot: Slot, mirror: Slot, at: int, start: int) -> None:
+        step.tasks.append(self._progress.start(self._transfer(step, peer, record, slot, mirror, at, start)))
 
     def _transfer(
-        self, step: Step, peer: int, record: Record, slot: Slot, mirror: Slot, start: int
+        self, step: Step, peer: int, record: Record, slot: Slot, mirror: Slot, at: int, start: int
     ) -> Generator[None, None, None]:
-        """Write `record.nbytes` from `start` (relative to the slot's first row) to the mirror, then, complete, the record."""
+        """Write `record.nbytes` from `start`, relative to the row at offset `at`, to the same place of the mirror;
+        when that is complete, write the record."""
         arena, traffic = self._arena, step.traffic
         own = arena.memory.address(arena.index[arena.rank])
         if not (traffic.combine_posted if record.kind == Kind.COMBINE else traffic.dispatch_posted):
@@ -256,15 +227,16 @@ class RailTransport:
             else:
                 traffic.dispatch_posted = now
         if record.nbytes:
-            yield from self._write(peer, own + slot.rows + start, mirror.rows + start, record.nbytes)
+            yield from self._write(peer, own + at + start, mirror.rows + start, record.nbytes)
         outbox, inbox = slot.outbox + RECORD_BYTES * record.kind, mirror.inbox + RECORD_BYTES * record.kind
-        at = arena.memory.position(arena.index[arena.rank], outbox)
-        arena.memory.bytes[at : at + RECORD_BYTES] = record.pack()
+        place = arena.memory.position(arena.index[arena.rank], outbox)
+        arena.memory.bytes[place : place + RECORD_BYTES] = record.pack()
         yield from self._write(peer, own + outbox, inbox, RECORD_BYTES)
         traffic.wire_bytes += record.nbytes + RECORD_BYTES
 
     def _write(self, peer: int, source: int, target: int, nbytes: int) -> Generator[None, None, None]:
-        """One engine write to an offset of a peer's region, until it is applied there. Raises RankLost naming the peer."""
+        """One engine write to an offset of a peer's region, until it is applied there. Raises RankLost naming the
+        peer."""
         remote = self._peers[peer]
         started = time.monotonic()
         try:

@@ -4,13 +4,13 @@ A region belongs to one rank; the ranks of its host map it read-only, and the en
 channel and parity:
 
     mailbox     one record per kind, read by the ranks of this host
-    publish     this rank's own tokens: ids, weights, scales, M rows
+    publish     this rank's own tokens: tables and M rows
     partials    sums of this rank's experts for every source rank: R x M rows
     host slot   one per other host: tables and rows of the tokens that go there; the combined rows come back into it
     source slot one per rank of other hosts (enough for any re-railing): its mirror on the receiving side
 
-Every row area starts at a multiple of the row size, and a region is a multiple of it too, so that all row areas of all regions
-that are mapped side by side are rows of one table.
+Every row area starts at a multiple of the row size, and a region is a multiple of it too, so that all row areas of
+all regions that are mapped side by side are rows of one table.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ MAILBOX_BYTES = RECORD_BYTES * len(Kind)
 
 @dataclass(frozen=True)
 class Slot:
-    """Byte offsets of a slot: records that arrive, records to be sent from, and the first row (tables lie before it)."""
+    """Byte offsets of a slot: records that arrive, records to be sent from, and the first row (tables lie before
+    it)."""
 
     inbox: int
     outbox: int
@@ -40,13 +41,11 @@ class Slot:
 
 @dataclass(frozen=True)
 class Block:
-    """Byte offsets of what one channel and parity owns."""
+    """Byte offsets of what one channel and parity owns. publish: its first row; the tables lie before it, as in a
+    slot."""
 
     mailbox: int
-    ids: int
-    weights: int
-    scales: int
-    rows: int
+    publish: int
     partials: int
     host_slots: dict[int, Slot]
     source_slots: dict[int, Slot]
@@ -64,7 +63,8 @@ class _Cursor:
 
 @dataclass(frozen=True)
 class RegionLayout:
-    """The region of any rank of one host. blocks: [channel][parity]; engine_start: from here on the engine may read and write."""
+    """The region of any rank of one host. blocks: [channel][parity]; engine_start: from here on the engine may read
+    and write."""
 
     blocks: tuple[tuple[Block, ...], ...]
     nbytes: int
@@ -80,24 +80,23 @@ class RegionLayout:
         return cls(blocks, nbytes, config.max_tokens_per_rank)
 
 
-def _slot(cursor: _Cursor, config: Config) -> Slot:
+def _rows(cursor: _Cursor, config: Config) -> int:
+    """Room for the tables and rows of M tokens. Returns the offset of the first row."""
     rows = config.max_tokens_per_rank
-    tables = -Tables.of(rows, config.top_k, config.groups).tokens
-    inbox = cursor.take(MAILBOX_BYTES)
-    outbox = cursor.take(MAILBOX_BYTES)
-    cursor.take(tables)
-    return Slot(inbox, outbox, cursor.take(rows * config.row_bytes, config.row_bytes))
+    cursor.take(-Tables.of(rows, config.top_k, config.groups).tokens)
+    return cursor.take(rows * config.row_bytes, config.row_bytes)
+
+
+def _slot(cursor: _Cursor, config: Config) -> Slot:
+    return Slot(cursor.take(MAILBOX_BYTES), cursor.take(MAILBOX_BYTES), _rows(cursor, config))
 
 
 def _block(cursor: _Cursor, config: Config, hosts: HostMap, host: int) -> Block:
-    rows, top_k = config.max_tokens_per_rank, config.top_k
+    sums = len(hosts.host_of) * config.max_tokens_per_rank * config.row_bytes
     return Block(
         mailbox=cursor.take(MAILBOX_BYTES),
-        ids=cursor.take(rows * top_k * 4),
-        weights=cursor.take(rows * top_k * 4),
-        scales=cursor.take(rows * config.groups * 4),
-        rows=cursor.take(rows * config.row_bytes, config.row_bytes),
-        partials=cursor.take(len(hosts.host_of) * rows * config.row_bytes, config.row_bytes),
+        publish=_rows(cursor, config),
+        partials=cursor.take(sums, config.row_bytes),
         host_slots={h: _slot(cursor, config) for h in hosts.remote_hosts(host)},
         source_slots={s: _slot(cursor, config) for s in hosts.remote_ranks(host)},
     )

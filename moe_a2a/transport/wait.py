@@ -6,28 +6,40 @@ import contextlib
 import os
 import select
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 from moe_a2a.errors import RankLost
 from moe_a2a.transport.memory import HostMemory
-from moe_a2a.transport.progress import Task
+from moe_a2a.transport.progress import Progress, Task
 from moe_a2a.transport.wire import Record, Status
 
 Poll = Callable[[], Record | None]
 
 _SPINS = 40
 _NAP_S = 30e-6
-_LONGEST_NAP_S = 200e-6
+_NAP_GROWTH = 1.15
+_LONGEST_NAP_S = 250e-6
 _CHECK_EVERY_S = 2e-3
 
 
 class Watch:
     """Knows when a rank of this host is gone or has given up, without waiting for a time-out."""
 
-    def __init__(self, memory: HostMemory, ranks: tuple[int, ...], rank: int) -> None:
-        self._memory, self._ranks, self._rank = memory, ranks, rank
+    def __init__(self, memory: HostMemory, ranks: tuple[int, ...], rank: int, progress: Progress | None = None) -> None:
+        self._memory, self._ranks, self._rank, self._progress = memory, ranks, rank, progress
         self._process: dict[int, int] = {}
         self._poller = select.poll()
+
+    @contextlib.contextmanager
+    def driving(self) -> Iterator[Callable[[], bool]]:
+        """For the length of a wait: a call that advances this rank's own transfers, and raises the error of one that
+        failed."""
+        progress = self._progress
+        if progress is None:
+            yield lambda: False
+            return
+        with progress:
+            yield progress.drive
 
     def add_process(self, rank: int, pid: int) -> None:
         """Watch a peer's process. pid 0 (a process of another pid namespace) cannot be watched: time-outs remain."""
@@ -38,7 +50,8 @@ class Watch:
                 self._poller.register(fd, select.POLLIN)
 
     def check(self, waiting_for: Collection[int]) -> None:
-        """Raise RankLost if a rank of this host died, closed its object while waited for, or has found another rank missing."""
+        """Raise RankLost if a rank of this host died, closed its object while waited for, or has found another rank
+        missing."""
         for index, rank in enumerate(self._ranks):
             missing = self._memory.fault(index) if rank != self._rank else None
             if missing is not None:
@@ -69,75 +82,85 @@ def named(ranks: Iterable[int]) -> str:
     return f"rank {numbers[0]}" if len(numbers) == 1 else f"ranks {', '.join(numbers)}"
 
 
-def wait_for(
-    polls: Mapping[int, Poll], budget_s: float, watch: Watch, what: str, tasks: Collection[Task] = ()
-) -> dict[int, Record]:
-    """Wait until each rank's record has come. Returns rank -> record.
+class _Pause:
+    """Rests between two looks: gives way to other threads first, then naps for longer and longer."""
 
-    polls: rank -> poll; tasks: own transfers whose failure ends the wait. Yields the processor, then naps: with more ranks than
-    cores, a rank that spins keeps the rank it waits for from running. Raises RankLost naming the ranks that are missing.
+    def __init__(self) -> None:
+        self._spins, self._nap = 0, _NAP_S
+
+    def rest(self) -> None:
+        self._spins += 1
+        if self._spins < _SPINS:
+            os.sched_yield()
+        else:
+            time.sleep(self._nap)
+            self._nap = min(self._nap * _NAP_GROWTH, _LONGEST_NAP_S)
+
+    def reset(self) -> None:
+        self._spins, self._nap = 0, _NAP_S
+
+
+def wait_for(polls: Mapping[int, Poll], budget_s: float, watch: Watch, what: str) -> dict[int, Record]:
+    """Wait until each rank's record has come, and drive this rank's own transfers meanwhile. Returns rank -> record.
+
+    polls: rank -> poll. With more ranks than cores, a rank that spins keeps the rank it waits for from running, so
+    that this yields and naps. Raises RankLost naming the ranks that are missing, or the error of an own transfer that
+    failed.
     """
     found: dict[int, Record] = {}
     pending = dict(polls)
-    started = time.monotonic()
-    checked, nap, spins = started, _NAP_S, 0
+    started = checked = time.monotonic()
+    pause = _Pause()
     lost: RankLost | None = None
-    while True:
-        for rank in list(pending):
-            record = pending[rank]()
-            if record is not None:
-                del pending[rank]
-                if record.status == Status.FAULT:
-                    raise RankLost(
-                        f"{what}: rank {rank} reports that rank {record.missing} is missing", [record.missing]
-                    )
-                found[rank] = record
-                spins = 0
-        if not pending:
-            return found
-        if lost is not None:  # what came before the loss was seen has been read by now
-            raise RankLost(f"{what}: {lost}", lost.ranks)
-        spins += 1
-        if spins < _SPINS:
-            os.sched_yield()
-            continue
-        time.sleep(nap)
-        nap = min(nap * 1.2, _LONGEST_NAP_S)
-        now = time.monotonic()
-        if now - checked >= _CHECK_EVERY_S:
-            checked = now
-            for task in tasks:
-                if task.error is not None:
-                    raise task.error
-            try:
-                watch.check(pending.keys())
-            except RankLost as error:
-                lost = error
-            if now - started > budget_s:
-                raise out_of_time(what, list(pending), budget_s, watch)
+    with watch.driving() as drive:
+        while True:
+            before = len(pending)
+            for rank in list(pending):
+                record = pending[rank]()
+                if record is not None:
+                    del pending[rank]
+                    if record.status == Status.FAULT:
+                        message = f"{what}: rank {rank} reports that rank {record.missing} is missing"
+                        raise RankLost(message, [record.missing])
+                    found[rank] = record
+            if not pending:
+                return found
+            if lost is not None:  # what came before the loss was seen has been read by now
+                raise RankLost(f"{what}: {lost}", lost.ranks)
+            if drive() or len(pending) < before:
+                pause.reset()
+                continue
+            pause.rest()
+            now = time.monotonic()
+            if now - checked >= _CHECK_EVERY_S:
+                checked = now
+                try:
+                    watch.check(pending.keys())
+                except RankLost as error:
+                    lost = error
+                if now - started > budget_s:
+                    raise out_of_time(what, list(pending), budget_s, watch)
+
+
+def wait_tasks(tasks: Collection[Task], budget_s: float, watch: Watch, what: str, ranks: Collection[int]) -> None:
+    """Drive own transfers to their end. Raises RankLost naming `ranks` after the budget."""
+    started = time.monotonic()
+    pause = _Pause()
+    with watch.driving() as drive:
+        while not all(task.done for task in tasks):
+            if drive():
+                pause.reset()
+                continue
+            pause.rest()
+            if time.monotonic() - started > budget_s:
+                raise RankLost(f"{what}: transfers to {named(ranks)} did not end within {budget_s:g} s", list(ranks))
 
 
 def out_of_time(what: str, missing: list[int], budget_s: float, watch: Watch) -> RankLost:
-    """The error of a wait whose budget is spent. A rank of this host that died is blamed before ranks that may have waited for it."""
+    """The error of a wait whose budget is spent. A rank of this host that died is blamed before ranks that may have
+    waited for it."""
     message = f"{what}: {named(missing)} sent nothing within {budget_s:g} s"
     gone = watch.gone()
     if gone and not set(gone) & set(missing):
         return RankLost(f"{message}; {named(gone)} died (the process is gone)", gone)
     return RankLost(message, missing)
-
-
-def wait_tasks(tasks: Collection[Task], budget_s: float, what: str, ranks: Collection[int]) -> None:
-    """Wait until own transfers have ended. Raises their error, or RankLost naming `ranks` after the budget."""
-    started = time.monotonic()
-    spins = 0
-    while not all(task.done for task in tasks):
-        spins += 1
-        if spins < _SPINS:
-            os.sched_yield()
-        else:
-            time.sleep(_NAP_S)
-        if time.monotonic() - started > budget_s:
-            raise RankLost(f"{what}: transfers to {named(ranks)} did not end within {budget_s:g} s", list(ranks))
-    for task in tasks:
-        if task.error is not None:
-            raise task.error

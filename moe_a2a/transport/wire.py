@@ -1,7 +1,7 @@
 """The 64-byte record that announces rows, and the layout of the tables that travel in front of them.
 
-A record is the flag and the header of DESIGN.md D4 in one: readers look at its step word (an aligned 8-byte store, written
-last inside a host) and then check the rest by CRC, because a record that comes over TCP may land in pieces.
+A record is the flag and the header of DESIGN.md D4 in one: readers look at its step word (an aligned 8-byte store,
+written last inside a host) and then check the rest by CRC, because a record that comes over TCP may land in pieces.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ class Record:
 
 
 def write_record(memory: memoryview, offset: int, record: Record) -> None:
-    """Publish `record` to the ranks that map this memory: everything first, the step word last (x86-64 keeps the order)."""
+    """Publish `record` to the ranks that map this memory: everything first, the step word last (x86-64 keeps the
+    order)."""
     data = record.pack()
     memory[offset : offset + _STEP_OFFSET] = data[:_STEP_OFFSET]
     memory[offset + _STEP_OFFSET + 8 : offset + RECORD_BYTES] = data[_STEP_OFFSET + 8 :]

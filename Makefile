@@ -1,0 +1,43 @@
+# make run and make test each do all of their own set-up (tools/setup.py), once. PYTHON=python3.12 chooses the interpreter.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PYTEST_FLAGS ?= -q
+BENCH_FLAGS ?= --ranks 4 --hosts 2 --device cpu --baseline gloo
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test lint types format bench doctor clean
+
+help:  ## show this list
+	@sed -nE 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+setup:  ## make .venv, with the CPU builds of torch and of the Transfer Engine, and the system libraries
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not on PATH: install Python 3.10 to 3.13 (apt-get install python3)." >&2; exit 1; }
+	@$(PYTHON) tools/setup.py
+
+run: setup  ## a DeepSeek-V3 model on 4 CPU ranks as 2 hosts, then dispatch and combine against gloo
+	@$(BIN)/python examples/run.py
+
+test: lint types  ## ruff, mypy --strict, pytest
+	@$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+lint: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: setup
+	@$(BIN)/mypy
+
+format: setup  ## let ruff format and mend what it can
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: setup  ## moe-a2a bench on CPU ranks; BENCH_FLAGS="..." replaces the arguments
+	@$(BIN)/moe-a2a bench $(BENCH_FLAGS)
+
+doctor: setup  ## what this machine can do, and what is missing
+	@$(BIN)/moe-a2a doctor
+
+clean:  ## remove .venv, caches and build outputs
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

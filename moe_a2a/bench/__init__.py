@@ -1,0 +1,1 @@
+"""`moe-a2a bench`: correctness first, then time, with baselines in the same run."""

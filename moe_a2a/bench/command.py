@@ -1,0 +1,179 @@
+"""`moe-a2a bench`."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import shlex
+import sys
+from collections.abc import Sequence
+
+import click
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from moe_a2a.bench.cases import DTYPES, Case
+from moe_a2a.bench.launch import run_ranks
+from moe_a2a.bench.report import print_table, write_json, write_plot
+from moe_a2a.bench.worker import Result, run_case
+from moe_a2a.config import Options
+from moe_a2a.errors import MoeA2AError
+from moe_a2a.types import LAYOUTS
+
+
+def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in value.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise click.BadParameter(f"{value!r}; give numbers above 0, such as 8,128,1024")
+    return numbers
+
+
+def _names(allowed: Sequence[str]) -> click.ParamType[list[str]]:
+    class Names(click.ParamType[list[str]]):
+        name = ",".join(allowed)
+
+        def convert(
+            self, value: str | list[str], parameter: click.Parameter | None, context: click.Context | None
+        ) -> list[str]:
+            if isinstance(value, list):
+                return value
+            names = [part for part in value.split(",") if part]
+            unknown = [name for name in names if name not in allowed]
+            if unknown:
+                self.fail(f"{unknown[0]!r}; allowed: {', '.join(allowed)}", parameter, context)
+            return names
+
+    return Names()
+
+
+@click.command()
+@click.option("--device", type=click.Choice(["cpu"]), default="cpu", show_default=True, help="Where ranks run.")
+@click.option(
+    "--ranks",
+    type=click.IntRange(1),
+    default=4,
+    show_default=True,
+    help="Ranks to start here; torchrun's count if run under it.",
+)
+@click.option(
+    "--hosts",
+    type=click.IntRange(1),
+    help="Play this many hosts: ranks of different ones talk through the Transfer Engine.  [default: as it is]",
+)
+@click.option(
+    "--tokens", default="8,128,1024", show_default=True, callback=_numbers, help="Tokens per rank, one case each."
+)
+@click.option("--hidden", type=int, default=7168, show_default=True, help="Hidden size.")
+@click.option("--experts", type=int, default=256, show_default=True, help="Routed experts of the group.")
+@click.option("--top-k", type=int, default=8, show_default=True, help="Experts per token.")
+@click.option(
+    "--dtype",
+    type=_names(list(DTYPES)),
+    default="bf16",
+    show_default=True,
+    help="Payload; fp8 dispatches FP8 and combines bf16.",
+)
+@click.option("--layout", type=_names(LAYOUTS), default="masked", show_default=True, help="Layout of received rows.")
+@click.option(
+    "--routing", default="uniform", show_default=True, help="uniform, zipf, k-hot, or trace:FILE (see docs/bench.md)."
+)
+@click.option(
+    "--iterations", type=click.IntRange(1), help="Timed iterations of each case.  [default: 50, 20 above 256 tokens]"
+)
+@click.option(
+    "--baseline", type=_names(["gloo"]), default="gloo", show_default=True, help="Peers in the same run; '' for none."
+)
+@click.option("--protocol", default="tcp", show_default=True, help="Transfer Engine protocol between hosts.")
+@click.option("--device-filter", default="", help="RDMA devices of the engine.")
+@click.option(
+    "--timeout", type=float, default=60.0, show_default=True, help="Seconds before a missing rank ends the run."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of inputs and routing.")
+@click.option(
+    "--json", "json_path", type=click.Path(dir_okay=False, writable=True), help="Write all figures to this file."
+)
+@click.option("--plot", "plot_path", type=click.Path(dir_okay=False, writable=True), help="Write a bar chart (PNG).")
+def bench(
+    device: str,
+    ranks: int,
+    hosts: int | None,
+    tokens: list[int],
+    hidden: int,
+    experts: int,
+    top_k: int,
+    dtype: list[str],
+    layout: list[str],
+    routing: str,
+    iterations: int | None,
+    baseline: list[str],
+    protocol: str,
+    device_filter: str,
+    timeout: float,
+    seed: int,
+    json_path: str | None,
+    plot_path: str | None,
+) -> None:
+    """Correctness, then latency and bandwidth, of dispatch and combine.
+
+    Starts the ranks itself, or takes part in a torchrun launch. Every case is checked against the oracle before it is
+    timed.
+    """
+    world = int(os.environ.get("WORLD_SIZE", ranks))
+    kind = _routing(routing)
+    cases = [
+        Case(t, hidden, top_k, experts, d, layout_name, kind, iterations or (50 if t <= 256 else 20), seed)  # type: ignore[arg-type]
+        for layout_name in layout
+        for d in dtype
+        for t in tokens
+    ]
+    try:
+        for case in cases:
+            case.config("bench").local_experts(world)
+            if kind == routing.removeprefix("trace:") and routing.startswith("trace:"):
+                case.inputs(0, 0)
+        if hosts is not None and hosts > world:
+            raise click.UsageError(f"--hosts {hosts} is more than {world} ranks")
+        options = Options(timeout_s=timeout, protocol=protocol, device_filter=device_filter)
+    except (MoeA2AError, ValueError) as error:
+        raise click.UsageError(str(error)) from error
+    if "RANK" not in os.environ:
+        sys.exit(run_ranks(sys.argv[1:], ranks))
+    results = _run(cases, hosts, options, tuple(baseline))
+    if dist.get_rank() == 0:
+        print_table(results, Console())
+        if json_path:
+            write_json(json_path, shlex.join(["moe-a2a", *sys.argv[1:]]), results)
+        if plot_path:
+            write_plot(plot_path, results)
+    dist.destroy_process_group()
+    sys.exit(0 if all(result["correct"] for result in results) else 1)
+
+
+def _routing(text: str) -> str:
+    if text in ("uniform", "zipf", "k-hot"):
+        return text
+    path = text.removeprefix("trace:")
+    if not text.startswith("trace:") or not pathlib.Path(path).is_file():
+        raise click.UsageError(f"--routing {text!r}; allowed: uniform, zipf, k-hot, trace:FILE with a file that exists")
+    return path
+
+
+def _run(cases: list[Case], hosts: int | None, options: Options, baselines: tuple[str, ...]) -> list[Result]:
+    dist.init_process_group("gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    if hosts is not None:
+        options = Options(**{**vars(options), "host": f"host-{rank * hosts // world}"})
+    console = Console(stderr=True, quiet=rank != 0)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    results = []
+    with Progress(*columns, console=console, transient=True, disable=rank != 0) as progress:
+        for case in cases:
+            task = progress.add_task(case.name, total=case.iterations)
+            results.append(run_case(case, options, baselines, lambda task=task: progress.advance(task)))  # type: ignore[misc]
+    return results
