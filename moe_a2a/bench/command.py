@@ -145,7 +145,7 @@ def bench(
         sys.exit(run_ranks(sys.argv[1:], ranks))
     results = _run(cases, hosts, options, tuple(baseline))
     if dist.get_rank() == 0:
-        print_table(results, Console())
+        print_table(results, Console() if sys.stdout.isatty() else Console(width=120))
         if json_path:
             write_json(json_path, shlex.join(["moe-a2a", *sys.argv[1:]]), results)
         if plot_path:

@@ -47,58 +47,51 @@ def versions() -> Result:
     return found
 
 
+_COLUMNS = ("dispatch", "combine", "both", "transport", "network")
+
+
 def _time(percentiles: dict[str, float] | None) -> str:
+    """p50 / p90 / p99 in ms, three digits each."""
     if percentiles is None:
         return "-"
-    return f"{_us(percentiles['p50'])} / {_us(percentiles['p99'])}"
+    return " / ".join(_ms(percentiles[p]) for p in ("p50", "p90", "p99"))
 
 
-def _us(value: float) -> str:
-    return f"{value / 1000:.2f}" if value < 100_000 else f"{value / 1000:.0f}"
+def _ms(us: float) -> str:
+    ms = us / 1000
+    return f"{ms:.2f}" if ms < 10 else f"{ms:.1f}" if ms < 100 else f"{ms:.0f}"
 
 
 def bandwidth(case: Result) -> float | None:
     """GB/s between hosts while the network was busy; None inside one host."""
     network = case["network_us"]
-    return None if network is None else case["wire_bytes"] / network["p50"] / 1e3
+    return None if network is None else float(case["wire_bytes"] / network["p50"] / 1e3)
 
 
 def print_table(cases: list[Result], console: Console) -> None:
-    """p50 / p99 in ms, ours beside the baselines."""
-    table = Table(title="p50 / p99 of the slowest rank, ms", title_justify="left")
-    for column in (
-        "case",
-        "ranks",
-        "by",
-        "dispatch",
-        "combine",
-        "both",
-        "rows only",
-        "network",
-        "wire MB",
-        "GB/s",
-        "correct",
-    ):
-        table.add_column(column, justify="left" if column in ("case", "by") else "right", no_wrap=True)
+    """A block for each case: ours beside the baselines, times in ms."""
+    console.print("Times are p50 / p90 / p99 of the slowest rank in ms.", soft_wrap=True)
     for case in cases:
+        ratio = case["wire_bytes"] / max(1, case["min_wire_bytes"])
         rate = bandwidth(case)
-        table.add_row(
-            case["name"],
-            f"{case['ranks']} on {case['hosts']}",
-            "moe-a2a",
-            *(_time(case[f"{what}_us"]) for what in ("dispatch", "combine", "both", "transport", "network")),
-            f"{case['wire_bytes'] / 1e6:.1f}",
-            "-" if rate is None else f"{rate:.2f}",
-            "yes" if case["correct"] else "[bold red]NO[/]",
+        title = (
+            f"\n[bold]{case['name']}[/]: {case['ranks']} ranks on {case['hosts']} host{'s' * (case['hosts'] > 1)}, "
+            f"{case['wire_bytes'] / 1e6:.1f} MB moved ({ratio:.3f} x the least)"
+            + ("" if rate is None else f", {rate:.2f} GB/s between hosts")
+            + f", buffers {case['buffer_bytes'] / 1e6:.0f} MB a rank, "
+            + ("[green]equal to the oracle[/]" if case["correct"] else "[bold red]WRONG[/]")
         )
+        console.print(title, soft_wrap=True)
+        table = Table(box=None, padding=(0, 1), pad_edge=False)
+        table.add_column("")
+        for column in _COLUMNS:
+            table.add_column(column, justify="right", overflow="fold")
+        table.add_row("moe-a2a", *(_time(case[f"{what}_us"]) for what in _COLUMNS))
         for name, base in case["baselines"].items():
-            whats = ("dispatch", "combine", "both", "transport", "network")
-            table.add_row("", "", name, *(_time(base.get(f"{what}_us")) for what in whats), "", "", "")
-        table.add_section()
-    console.print(table)
-    for case in cases:
+            table.add_row(name, *(_time(base.get(f"{what}_us")) for what in _COLUMNS))
+        console.print(table)
         for problem in case["problems"]:
-            console.print(f"[bold red]{case['name']}: {problem}[/]")
+            console.print(f"[bold red]{problem}[/]", soft_wrap=True)
 
 
 def write_json(path: str, command: str, cases: list[Result]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
@@ -29,6 +30,8 @@ class Watch:
         self._memory, self._ranks, self._rank, self._progress = memory, ranks, rank, progress
         self._process: dict[int, int] = {}
         self._poller = select.poll()
+        # The caller and the thread that drives transfers both look, and poll() refuses two at once.
+        self._one_poll = threading.Lock()
 
     @contextlib.contextmanager
     def driving(self) -> Iterator[Callable[[], bool]]:
@@ -56,8 +59,7 @@ class Watch:
             missing = self._memory.fault(index) if rank != self._rank else None
             if missing is not None:
                 raise RankLost(f"rank {rank} reports that rank {missing} is missing", [missing])
-        gone = [self._process[fd] for fd, _ in self._poller.poll(0)]
-        lost = [rank for rank in gone if rank in waiting_for]
+        lost = [rank for rank in self._ended() if rank in waiting_for]
         if lost:
             raise RankLost(f"{named(lost)} died (the process is gone)", lost)
         closed = [r for i, r in enumerate(self._ranks) if r in waiting_for and self._memory.has_closed(i)]
@@ -66,8 +68,11 @@ class Watch:
 
     def gone(self) -> list[int]:
         """Ranks of this host whose process ended without closing its object."""
-        ended = [self._process[fd] for fd, _ in self._poller.poll(0)]
-        return [rank for rank in ended if not self._memory.has_closed(self._ranks.index(rank))]
+        return [rank for rank in self._ended() if not self._memory.has_closed(self._ranks.index(rank))]
+
+    def _ended(self) -> list[int]:
+        with self._one_poll:
+            return [self._process[fd] for fd, _ in self._poller.poll(0)]
 
     def close(self) -> None:
         for fd in self._process:
@@ -77,7 +82,7 @@ class Watch:
 
 
 def named(ranks: Iterable[int]) -> str:
-    """ "rank 3" or "ranks 3, 5"."""
+    """Ranks in a message: rank 3, or ranks 3, 5."""
     numbers = [str(r) for r in ranks]
     return f"rank {numbers[0]}" if len(numbers) == 1 else f"ranks {', '.join(numbers)}"
 
