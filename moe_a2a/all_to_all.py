@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import threading
+import weakref
 from collections.abc import Callable
+from contextlib import ExitStack
 from types import TracebackType
-from typing import ClassVar, Literal, TypeVar, overload
+from typing import Literal, TypeVar, overload
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from moe_a2a.combine import reduce_partials, sum_contributions
 from moe_a2a.config import Config, Options
 from moe_a2a.errors import ConfigError, HandleError, InputError, MoeA2AError, RankLost
 from moe_a2a.fp8 import FP8, ScaleFormat, quantize
+from moe_a2a.names import Names
 from moe_a2a.rendezvous import meet
 from moe_a2a.routing import rank_hits, receive
 from moe_a2a.step import Outgoing, Phase, RowFormat, Step
@@ -30,41 +32,6 @@ _LAST_WORDS_S = 1.0  # after a failure, for reports to other hosts that are unde
 T = TypeVar("T")
 K = TypeVar("K")
 V = TypeVar("V")
-
-
-class _Names:
-    """Channel names in use in this process, by group or store: two objects on one would read each other's rows."""
-
-    _lock = threading.Lock()
-    _used: ClassVar[dict[tuple[int, str], object]] = {}
-    _made: ClassVar[dict[tuple[int, tuple[str, ...]], int]] = {}
-
-    @classmethod
-    def claim(cls, identity: object, channels: tuple[str, ...]) -> None:
-        with cls._lock:
-            taken = [c for c in channels if (id(identity), c) in cls._used]
-            if taken:
-                raise ConfigError(
-                    f"channel {taken[0]!r} of this group is in use by another AllToAll; close that one, or give "
-                    f"other channel names"
-                )
-            for channel in channels:
-                cls._used[id(identity), channel] = identity  # held, so that the id is not given again
-
-    @classmethod
-    def release(cls, identity: object, channels: tuple[str, ...]) -> None:
-        with cls._lock:
-            for channel in channels:
-                cls._used.pop((id(identity), channel), None)
-
-    @classmethod
-    def prefix(cls, store: object, channels: tuple[str, ...]) -> str:
-        """A key prefix that no earlier object of this store used; equal on all ranks, which build their objects in
-        one order."""
-        with cls._lock:
-            key = (id(store), channels)
-            cls._made[key] = cls._made.get(key, 0) + 1
-            return f"moe_a2a/{','.join(channels)}/{cls._made[key]}"
 
 
 class AllToAll:
@@ -99,12 +66,15 @@ class AllToAll:
         self._closed = False
         self._bootstrap = _bootstrap(config, group, store, rank, world_size)
         self.rank, self.world_size = self._bootstrap.rank, self._bootstrap.world_size
-        _Names.claim(self._bootstrap.identity, config.channels)
+        Names.claim(self._bootstrap.identity, config.channels)
         try:
             self._meeting = meet(config, self.options, self._bootstrap)
         except BaseException:
-            _Names.release(self._bootstrap.identity, config.channels)
+            Names.release(self._bootstrap.identity, config.channels)
             raise
+        self._release = weakref.finalize(
+            self, _release, self._meeting.resources, self._bootstrap.identity, config.channels
+        )
         self._arena, self._transports = self._meeting.arena, self._meeting.transports
         self.local_experts = config.local_experts(self.world_size)
         self.buffer_bytes = self._arena.layout.nbytes
@@ -177,6 +147,9 @@ class AllToAll:
         `dispatch_recv`."""
         _check_layout(layout)
         checks.check_alignment(alignment)
+        if out is not None:
+            dtype = FP8 if fp8 is not None or (isinstance(x, torch.Tensor) and x.dtype == FP8) else self.config.dtype
+            self._unpacker.check_out(layout, out, dtype)
         handle = self.dispatch_send(x, topk_ids, topk_weights, scales=scales, fp8=fp8, channel=channel)
         return self.dispatch_recv(handle, layout=layout, alignment=alignment, out=out)
 
@@ -216,6 +189,11 @@ class AllToAll:
                 f"channel {self.config.channels[index]!r} has two open steps "
                 f"({', '.join(str(s.number) for s in self._open[index])}); "
                 "combine or discard one before dispatching again, or use another channel"
+            )
+        if any(s.number == self._number[index] - 1 for s in self._open[index]):
+            raise HandleError(
+                f"{self._open[index][0]} is still open, and its buffers are those of the next step; "
+                "combine or discard it before dispatching again, or use another channel"
             )
         row_format = RowFormat.PLAIN if fp8 is None else RowFormat.FP8 if fp8 == "fp32" else RowFormat.FP8_POW2
         hits = rank_hits(ids, self.local_experts, self.world_size)
@@ -340,8 +318,7 @@ class AllToAll:
             return
         self._closed = True
         self._unpacker.close()
-        self._meeting.resources.close()
-        _Names.release(self._bootstrap.identity, self.config.channels)
+        self._release()
 
     def __enter__(self) -> AllToAll:
         return self
@@ -455,6 +432,12 @@ class AllToAll:
         checks.check_matrix("out", out, (step.tokens, self.config.hidden_size), (self.config.dtype,))
 
 
+def _release(resources: ExitStack, identity: object, channels: tuple[str, ...]) -> None:
+    """What `close` does, also for an object that is dropped without it and at the end of the process."""
+    resources.close()
+    Names.release(identity, channels)
+
+
 def _merged(parts: list[dict[K, V]]) -> dict[K, V]:
     return {key: value for part in parts for key, value in part.items()}
 
@@ -475,4 +458,4 @@ def _bootstrap(
         raise ConfigError("give a process group or a store, not both")
     if rank is None or world_size is None:
         raise ConfigError("store= needs rank= and world_size=")
-    return StoreBootstrap(store, rank, world_size, _Names.prefix(store, config.channels))
+    return StoreBootstrap(store, rank, world_size)

@@ -5,7 +5,10 @@ A torch.distributed process group or any key-value store can stand behind it. Me
 
 from __future__ import annotations
 
+import hashlib
 import json
+import secrets
+import time
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, Protocol, cast
@@ -71,28 +74,55 @@ class GroupBootstrap:
 
 
 class StoreBootstrap:
-    """Bootstrap over a key-value store. `prefix` separates one object's keys from another's."""
+    """Bootstrap over a key-value store, which may hold keys of earlier meetings, of this process or of ones long "
+    "gone."""
 
-    def __init__(self, store: KeyValue, rank: int, world_size: int, prefix: str) -> None:
+    def __init__(self, store: KeyValue, rank: int, world_size: int) -> None:
         if world_size < 1 or not 0 <= rank < world_size:
             raise ConfigError(f"rank={rank}, world_size={world_size}; rank must be 0 to world_size - 1")
         self.store, self.rank, self.world_size = store, rank, world_size
         self.identity: object = store
-        self._prefix, self._round = prefix, 0
+        self._session: str | None = None
+        self._round = 0
 
     def all_gather(self, value: Any, timeout_s: float) -> list[Any]:
+        if self._session is None:
+            self._session = self._agree(timeout_s)
         self._round += 1
-        keys = [f"{self._prefix}/{self._round}/{r}" for r in range(self.world_size)]
+        return self._exchange(f"{self._session}/{self._round}", value, timeout_s)
+
+    def _agree(self, timeout_s: float) -> str:
+        """A prefix for the keys of this meeting alone.
+
+        Every rank says a random word and repeats the words of all that it heard; once all repeat the same, nobody
+        heard an
+        old word, because an old answer cannot hold the words of now.
+        """
+        deadline = time.monotonic() + timeout_s
+        word = secrets.token_hex(8)
+        words = self._exchange("moe_a2a/word", word, timeout_s)
+        while True:
+            heard = self._exchange("moe_a2a/heard", words, timeout_s)
+            others = [r for r, what in enumerate(heard) if what != words]
+            if not others:
+                return f"moe_a2a/{hashlib.sha256(' '.join(words).encode()).hexdigest()[:32]}"
+            if time.monotonic() > deadline:
+                raise RankLost(_absent(others[0], timeout_s, "the store holds its keys of an earlier meeting"), others)
+            time.sleep(2e-3)
+            words = self._exchange("moe_a2a/word", word, timeout_s)
+
+    def _exchange(self, name: str, value: Any, timeout_s: float) -> list[Any]:
+        keys = [f"{name}/{r}" for r in range(self.world_size)]
         self.store.set(keys[self.rank], json.dumps(value))
         values = []
         for r, key in enumerate(keys):
             try:
                 self.store.wait([key], timedelta(seconds=timeout_s))
             except Exception as error:  # every store raises its own kind of time-out
-                message = (
-                    f"rank {r} did not come to the meeting within {timeout_s:g} s: start it, or check the store "
-                    f"({error})"
-                )
-                raise RankLost(message, [r]) from error
+                raise RankLost(_absent(r, timeout_s, str(error)), [r]) from error
             values.append(json.loads(self.store.get(key)))
         return values
+
+
+def _absent(rank: int, timeout_s: float, why: str) -> str:
+    return f"rank {rank} did not come to the meeting within {timeout_s:g} s: start it, or check the store ({why})"

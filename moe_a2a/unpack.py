@@ -158,14 +158,20 @@ class Unpacker:
         full = (*shape, self._config.hidden_size)
         if out is None:
             return self._outputs.take(step, purpose, full, dtype)
-        if purpose == "masked":
-            return check_matrix("out", out, full, (dtype,))
-        check_matrix("out", out, ("rows", self._config.hidden_size), (dtype,))
+        self.check_out(purpose, out, dtype)
         if out.shape[0] < shape[0]:
             raise InputError(
                 f"out has {out.shape[0]} rows and this rank received {shape[0]}; give a larger one, or none"
             )
         return out[: shape[0]]
+
+    def check_out(self, layout: str, out: torch.Tensor, dtype: torch.dtype) -> None:
+        """Raise InputError unless a caller's output fits the layout, as far as that is known before anything "
+        "arrives."""
+        shape: tuple[int | str, ...] = ("rows", self._config.hidden_size)
+        if layout == "masked":
+            shape = (self._experts, self._block, self._config.hidden_size)
+        check_matrix("out", out, shape, (dtype,))
 
     def _source(self, received: Received) -> IntArray:
         source: IntArray = received.source[:, 0] * np.int32(self._config.max_tokens_per_rank) + received.source[:, 1]

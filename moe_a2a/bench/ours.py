@@ -40,12 +40,18 @@ class TransportOnly:
         hits = rank_hits(ids, a2a.local_experts, a2a.world_size)
         self._outgoing = Outgoing(inputs.x, ids, inputs.topk_weights.numpy(), None, hits)
 
-    def run(self) -> Stamps:
-        """One step, both directions."""
+    def prepare(self) -> Step:
+        """Open a step and publish its rows; nothing is announced or posted yet."""
         a2a = self._a2a
         a2a._number[0] += 1
         step = Step(0, a2a.config.channels[0], a2a._number[0], RowFormat.PLAIN, self._outgoing)
         a2a._open[0].append(step)
+        a2a._arena.publish(step)
+        return step
+
+    def run(self, step: Step) -> Stamps:
+        """Both directions of a step."""
+        a2a = self._a2a
         with self._no_sums():
             a2a._each(lambda transport: transport.send_dispatch(step))
             a2a._receive(step)

@@ -14,7 +14,7 @@ from moe_a2a.all_to_all import AllToAll
 from moe_a2a.bench.cases import Case, percentiles
 from moe_a2a.bench.check import check_case
 from moe_a2a.bench.gloo import GlooAllToAll
-from moe_a2a.bench.ours import RawEngine, Stamps, TransportOnly
+from moe_a2a.bench.ours import RawEngine, TransportOnly
 from moe_a2a.bootstrap import GroupBootstrap
 from moe_a2a.config import Options
 from moe_a2a.types import Contiguous, Grouped, Masked
@@ -96,15 +96,19 @@ class _Runs:
         self._a2a.combine(y, got.handle, out=self._out)
         kept.add("both", started)
         started = self._barrier()
-        stamps = self._transport.run()
+        self._transport.run(self._transport.prepare())
         kept.add("transport", started)
         if self._raw is not None:
-            self._network(kept, stamps, self._raw)
+            self._network(kept, self._raw)
         if self._gloo is not None:
             self._baseline(kept, self._gloo)
         return got.handle.wire_bytes
 
-    def _network(self, kept: Samples, stamps: Stamps, raw: RawEngine) -> None:
+    def _network(self, kept: Samples, raw: RawEngine) -> None:
+        """Ours and raw writes, both from rows that lie ready before the clock starts."""
+        step = self._transport.prepare()
+        self._barrier()
+        stamps = self._transport.run(step)
         kept.stamp("dispatch", stamps.dispatch)
         kept.stamp("combine", stamps.combine)
         self._barrier()

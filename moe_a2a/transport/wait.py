@@ -16,10 +16,10 @@ from moe_a2a.transport.wire import Record, Status
 
 Poll = Callable[[], Record | None]
 
-_SPINS = 40
+_SPINS = 8
 _NAP_S = 30e-6
-_NAP_GROWTH = 1.15
-_LONGEST_NAP_S = 250e-6
+_NAP_GROWTH = 1.25
+_LONGEST_NAP_S = 200e-6
 _CHECK_EVERY_S = 2e-3
 
 

@@ -1,0 +1,136 @@
+"""`moe-a2a bench` checks before it times, and its JSON keeps its keys."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from ranks import Ctx, run_ranks
+
+from moe_a2a.bench import check
+from moe_a2a.bench.cases import Case, percentiles
+from moe_a2a.bench.report import bandwidth
+
+SMALL = ["--hidden", "256", "--experts", "8", "--top-k", "2", "--iterations", "3", "--timeout", "30"]
+TIMES = {"p50", "p90", "p99"}
+
+
+def run_bench(*arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    env = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "MOE_A2A_HOST")}
+    start = [sys.executable, *launcher, "-m", "moe_a2a.cli", "bench", *arguments]
+    return subprocess.run(start, capture_output=True, text=True, timeout=120, env=env, check=False)
+
+
+def test_two_hosts_of_two_ranks_give_json_a_table_and_a_plot(tmp_path: pathlib.Path) -> None:
+    out, plot = tmp_path / "out.json", tmp_path / "out.png"
+    options = ["--ranks", "4", "--hosts", "2", "--tokens", "4,16", "--dtype", "bf16,fp8", "--layout", "masked,grouped"]
+    done = run_bench(*SMALL, *options, "--json", str(out), "--plot", str(plot))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("equal to the oracle") == 8
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    content = json.loads(out.read_text())
+    assert set(content) == {"command", "machine", "versions", "cases"}
+    assert content["command"].startswith("moe-a2a bench")
+    assert len(content["cases"]) == 8
+    for case in content["cases"]:
+        assert case["correct"] is True
+        assert (case["ranks"], case["hosts"], case["device"], case["mode"]) == (4, 2, "cpu", "eager")
+        for times in ("dispatch_us", "combine_us", "both_us", "transport_us", "network_us"):
+            assert set(case[times]) == TIMES
+            assert 0 < case[times]["p50"] <= case[times]["p90"] <= case[times]["p99"]
+        assert set(case["baselines"]["gloo"]) == {"dispatch_us", "combine_us", "both_us", "transport_us"}
+        assert set(case["baselines"]["raw_engine"]) == {"network_us"}
+        assert case["min_wire_bytes"] < case["wire_bytes"]
+        assert case["buffer_bytes"] > 0
+        assert bandwidth(case) > 0
+
+
+def test_one_host_has_no_network_and_every_routing_is_correct(tmp_path: pathlib.Path) -> None:
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text("[[0, 1], [2, 3], [7, -1]]\n[[5, 6]]\n")
+    for routing in ("zipf", "k-hot", f"trace:{trace}"):
+        out = tmp_path / "out.json"
+        done = run_bench(
+            *SMALL, "--ranks", "2", "--tokens", "8", "--routing", routing, "--baseline", "", "--json", str(out)
+        )
+        assert done.returncode == 0, done.stderr
+        (case,) = json.loads(out.read_text())["cases"]
+        assert case["network_us"] is None
+        assert case["baselines"] == {}
+        assert case["routing"] == routing.removeprefix("trace:")
+
+
+def test_it_takes_part_in_a_torchrun_launch(tmp_path: pathlib.Path) -> None:
+    out = tmp_path / "out.json"
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
+    done = run_bench(*SMALL, "--tokens", "4", "--layout", "contiguous", "--json", str(out), launcher=launcher)
+    assert done.returncode == 0, done.stderr
+    (case,) = json.loads(out.read_text())["cases"]
+    assert (case["ranks"], case["hosts"], case["correct"]) == (2, 1, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--tokens", "0"], "numbers above 0"),
+        (["--dtype", "int8"], "allowed: bf16, fp16, fp32, fp8"),
+        (["--experts", "10", "--ranks", "4"], "does not divide by 4 ranks"),
+        (["--hidden", "200"], "not a multiple of 128"),
+        (["--routing", "trace:/does/not/exist"], "trace:FILE"),
+        (["--ranks", "2", "--hosts", "3"], "more than 2 ranks"),
+    ],
+)
+def test_options_that_cannot_work_are_refused_before_ranks_start(arguments: list[str], says: str) -> None:
+    done = run_bench(*arguments)
+    assert done.returncode == 2
+    assert says in " ".join(done.stderr.split())
+
+
+def test_a_protocol_that_is_not_there_ends_the_run_with_the_reason() -> None:
+    done = run_bench(*SMALL, "--ranks", "2", "--hosts", "2", "--tokens", "4", "--protocol", "carrier-pigeon")
+    assert done.returncode != 0
+    assert "carrier-pigeon" in done.stderr
+    assert "tcp" in done.stderr
+
+
+def _check_with(ctx: Ctx, layout: Any, fault: str) -> str | None:
+    from moe_a2a import combine, unpack
+
+    case = Case(6, 256, 2, 8, "bf16", layout, "uniform", 1, 3)
+    if fault == "rows" and ctx.rank == 1:
+        real = unpack.gather, unpack.gather_segments
+
+        def shifted(place: int) -> Any:
+            def move(table: torch.Tensor, index: Any, *rest: Any) -> None:
+                real[place](table, index[::-1].copy(), *rest)
+
+            return move
+
+        unpack.gather, unpack.gather_segments = shifted(0), shifted(1)
+    if fault == "sums" and ctx.rank == 1:
+        real_sum = combine.sum_rows
+
+        def doubled(table: torch.Tensor, index: Any, offsets: Any, out: torch.Tensor, *rest: Any) -> None:
+            real_sum(table, index, offsets, out, *rest)
+            out.mul_(1.25)
+
+        combine.sum_rows = doubled
+    with ctx.a2a(case.config("c")) as a2a:
+        return check.check_case(case, a2a, 0)
+
+
+@pytest.mark.parametrize("layout", ["masked", "contiguous", "grouped"])
+def test_the_check_finds_wrong_rows_and_wrong_sums(layout: str) -> None:
+    assert run_ranks(_check_with, 2, layout, "none") == [None, None]
+    assert "differ" in (run_ranks(_check_with, 2, layout, "rows")[1] or "")
+    assert "combine differs" in " ".join(filter(None, run_ranks(_check_with, 2, layout, "sums")))
+
+
+def test_percentiles_are_those_of_the_samples() -> None:
+    assert percentiles([float(i) for i in range(101)]) == {"p50": 50.0, "p90": 90.0, "p99": 99.0}
