@@ -151,7 +151,11 @@ class AllToAll:
             dtype = FP8 if fp8 is not None or (isinstance(x, torch.Tensor) and x.dtype == FP8) else self.config.dtype
             self._unpacker.check_out(layout, out, dtype)
         handle = self.dispatch_send(x, topk_ids, topk_weights, scales=scales, fp8=fp8, channel=channel)
-        return self.dispatch_recv(handle, layout=layout, alignment=alignment, out=out)
+        try:
+            return self.dispatch_recv(handle, layout=layout, alignment=alignment, out=out)
+        except InputError as error:  # out is too small for what arrived: the step is open, and not to be lost
+            error.handle = handle
+            raise
 
     @torch.no_grad()
     def dispatch_send(

@@ -22,31 +22,35 @@ from typing import Any, ClassVar
 from packaging.version import Version
 
 from moe_a2a.errors import EngineError
-from moe_a2a.libraries import ENGINE_WHEELS, MINIMUM_ENGINE, how_to_get, install_engine, missing_library
+from moe_a2a.libraries import ENGINE_WHEELS, MINIMUM_ENGINE, how_to_get, install_engine, missing_library, replace_engine
 
 _NOISE = (b"Logging before InitGoogleLogging", b"Local segment descriptor not found")
 _RDMA_DEVICES = pathlib.Path("/sys/class/infiniband")
 
 
-def installed_version() -> tuple[str, Version] | None:
-    """(distribution, version) of the installed engine wheel, if any."""
+def installed_versions() -> dict[str, Version]:
+    """Distribution -> version of the installed engine wheels; more than one is a fault."""
+    found = {}
     for name in ENGINE_WHEELS:
-        try:
-            return name, Version(importlib.metadata.version(name))
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return None
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = Version(importlib.metadata.version(name))
+    return found
 
 
 def load() -> ModuleType:
     """Import the engine. Raises EngineError that names what is missing and how to install it."""
-    found = installed_version()
-    if found is None:
+    found = installed_versions()
+    if not found:
         raise EngineError(
             f"ranks on several hosts need the Mooncake Transfer Engine, which is not installed; {install_engine()} "
             "(on GPU machines the wheel for their CUDA: moe-a2a doctor says which)"
         )
-    name, version = found
+    if len(found) > 1:
+        raise EngineError(
+            f"{' and '.join(found)} are both installed and overwrite each other's files; keep one: {replace_engine()} "
+            "(on GPU machines the wheel for their CUDA: moe-a2a doctor says which)"
+        )
+    ((name, version),) = found.items()
     if version < Version(MINIMUM_ENGINE):
         raise EngineError(
             f"{name} {version} is too old (its TCP writes are not acknowledged); {MINIMUM_ENGINE} or later is needed: "
