@@ -74,4 +74,4 @@ def _unpin(driver: Driver, address: int, _page: object) -> None:
         driver.wait_until_idle()  # no kernel may still be reading
         driver.unregister_host(address)
     except DriverError as error:
-        _log.warning("a page of flags was not unpinned: %s", error)
+        _log.warning("a page of flags was not unpinned: %s", str(error))

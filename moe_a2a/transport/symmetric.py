@@ -57,15 +57,28 @@ class _Space:
 def _give_back(
     driver: Driver, base: int, nbytes: int, rank: int, world_size: int, allocation: Allocation, peers: set[int]
 ) -> None:
-    """Unmap and free a space. Logs instead of raising: a lost GPU context refuses, and its memory is gone anyway."""
+    """Unmap and free a space. Logs instead of raising, as `_unmap` does."""
+    if not _unmap(driver, base, nbytes, {*peers, rank}):
+        return
     try:
-        driver.wait_until_idle()
-        for place in (*peers, rank):
-            driver.unmap(base + place * nbytes, nbytes)
         driver.release(allocation)
         driver.unreserve(base, nbytes * world_size)
     except DriverError as error:
-        _log.warning("symmetric memory of rank %d was not given back: %s", rank, error)
+        _log.warning("symmetric memory of rank %d was not given back: %s", rank, str(error))
+
+
+def _unmap(driver: Driver, base: int, nbytes: int, places: set[int]) -> bool:
+    """Empty `places`, once no kernel runs. Logs instead of raising: if a kernel's fault has ended this process's use of
+    the GPU, the driver refuses everything, frees everything when the process ends, and the fault is what is to be seen.
+    """
+    try:
+        driver.wait_until_idle()
+        while places:
+            driver.unmap(base + min(places) * nbytes, nbytes)
+            places.remove(min(places))
+    except DriverError as error:
+        _log.warning("the memory of ranks %s stays mapped until this process ends: %s", sorted(places), str(error))
+    return not places
 
 
 class SymmetricRegion:
@@ -162,10 +175,9 @@ class SymmetricRegion:
     def close(self) -> None:
         if self._space is None:
             return
-        for rank in sorted(self._space.peers):
-            self.unmap_peer(rank)
+        space, self._space = self._space, None
         self._bytes.clear()
-        self._space = None
+        _unmap(self._driver, space.base, space.nbytes, space.peers)
 
 
 class SymmetricAllocator:
