@@ -19,7 +19,7 @@ import triton.language as tl
 
 from moe_a2a.gpu.layout import Layout, power_of_two_at_least
 from moe_a2a.kernels.casts import to_payload
-from moe_a2a.kernels.signals import has_bit, wait
+from moe_a2a.kernels.signals import aligned, has_bit, wait
 
 _WARPS = 4
 _BLOCK = 1024
@@ -40,7 +40,7 @@ def _combine_recv(
 
     BLOCKS: tl.constexpr = (L.H + BLOCK - 1) // BLOCK
     DTYPE: tl.constexpr = out.dtype.element_ty
-    sums = (block + L.sums).to(tl.pointer_type(DTYPE))
+    R: tl.constexpr = L.R
     for number in range(pid, tokens * BLOCKS, tl.num_programs(0)):
         item = tl.full([], 0, tl.int32) + number  # the interpreter's loops count in Python ints
         column = (item % BLOCKS) * BLOCK + tl.arange(0, BLOCK)
@@ -48,8 +48,8 @@ def _combine_recv(
         inside = column < L.H
         hit = tl.load(hits + t) & good
         total = tl.zeros([BLOCK], tl.float32)
-        for r in tl.static_range(L.R):
-            row = sums + (r * L.M + t).to(tl.int64) * L.H
+        for r in tl.static_range(R):
+            row = aligned(block + L.sums + (r * L.M + t).to(tl.int64) * L.sum_stride, DTYPE)
             total += tl.load(row + column, mask=inside & has_bit(hit, r), other=0.0).to(tl.float32)
         tl.store(out + t.to(tl.int64) * L.H + column, to_payload(total, DTYPE), mask=inside)
 

@@ -20,7 +20,7 @@ import triton.language as tl
 
 from moe_a2a.gpu.layout import Layout, power_of_two_at_least
 from moe_a2a.kernels.casts import to_payload
-from moe_a2a.kernels.signals import has_bit, is_last, raise_flags, wait
+from moe_a2a.kernels.signals import aligned, has_bit, is_last, raise_flags, wait
 
 _WARPS = 4
 _BLOCK = 1024  # columns of a work item: 16 bytes of bf16 a thread and expert
@@ -45,6 +45,7 @@ def _combine_send(
 
     BLOCKS: tl.constexpr = (L.H + BLOCK - 1) // BLOCK
     DTYPE: tl.constexpr = y.dtype.element_ty
+    K: tl.constexpr = L.K
     for number in range(pid, longest * (L.R * BLOCKS), tl.num_programs(0)):
         item = tl.full([], 0, tl.int32) + number  # the interpreter's loops count in Python ints
         column = (item % BLOCKS) * BLOCK + tl.arange(0, BLOCK)
@@ -54,7 +55,7 @@ def _combine_send(
         inside = column < L.H
         total = tl.zeros([BLOCK], tl.float32)
         best = tl.full([], -1, tl.int32)
-        for k in tl.static_range(L.K):
+        for k in tl.static_range(K):
             at = tl.load(places + place * L.K + k)
             weight = tl.load(weights + place * L.K + k)
             value = tl.load(y + at.to(tl.int64) * L.H + column, mask=inside & (at >= 0), other=0.0)
@@ -63,7 +64,7 @@ def _combine_send(
             best = tl.maximum(best, at)
         if (best >= 0) & has_bit(received, s):
             to = tl.load(peers + s) + block + L.sums + (rank * L.M + t).to(tl.int64) * L.sum_stride
-            tl.store(to.to(tl.pointer_type(DTYPE)) + column, to_payload(total, DTYPE), mask=inside)
+            tl.store(aligned(to, DTYPE) + column, to_payload(total, DTYPE), mask=inside)
 
     if is_last(live + (L.FINISHED + L.COMBINE)):
         r = tl.arange(0, L.R_PAD).to(tl.int64)

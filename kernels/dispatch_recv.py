@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from moe_a2a.gpu.layout import Layout, power_of_two_at_least
-from moe_a2a.kernels.signals import has_bit, lane_bits, wait
+from moe_a2a.kernels.signals import aligned, has_bit, lane_bits, wait
 
 #: Form in which scales are handed out.
 NO_SCALES, FP32_SCALES, PACKED_SCALES = range(3)
@@ -37,7 +37,8 @@ def _slots(block, words, source, good, L: tl.constexpr):
     expert = tl.where(mine, words & ((1 << L.EXPERT_BITS) - 1), 0)
     slot = words >> L.EXPERT_BITS
     counts = (block + L.counts).to(tl.pointer_type(tl.int32))
-    for s in tl.static_range(L.R - 1):
+    OTHERS: tl.constexpr = L.R - 1
+    for s in tl.static_range(OTHERS):
         before = mine & (s < source) & has_bit(good, s)
         slot += tl.load(counts + s * L.E_L + expert, mask=before, other=0)
     # A block is never overrun, whatever a damaged peer wrote.
@@ -94,7 +95,6 @@ def _dispatch_recv(
     BLOCKS: tl.constexpr = (WORDS + BLOCK - 1) // BLOCK
     k = tl.arange(0, L.K_PAD)
     w = tl.arange(0, BLOCK)
-    rows = (block + L.rows).to(tl.pointer_type(tl.int32))
     table = (block + L.table).to(tl.pointer_type(tl.int32))
     for number in range(pid, longest * (L.R * BLOCKS), programs):
         item = tl.full([], 0, tl.int32) + number  # the interpreter's loops count in Python ints
@@ -109,7 +109,7 @@ def _dispatch_recv(
             tl.store(places + place * L.K + k, to, mask=k < L.K)
             tl.store(source + to, place + to * 0, mask=to >= 0)
         if tl.max(to, 0) >= 0:
-            row = rows + place.to(tl.int64) * (L.row_stride // 4)
+            row = aligned(block + L.rows + place.to(tl.int64) * L.row_stride, tl.int32)
             column = part * BLOCK + w
             values = tl.load(row + column, mask=column < WORDS, other=0)
             address = (to.to(tl.int64) * WORDS)[:, None] + column[None, :]
@@ -123,7 +123,8 @@ def _dispatch_recv(
         e = tl.arange(0, EXPERTS)
         total = tl.zeros([EXPERTS], tl.int32)
         from_source = (block + L.counts).to(tl.pointer_type(tl.int32))
-        for s in tl.static_range(L.R):
+        R: tl.constexpr = L.R
+        for s in tl.static_range(R):
             total += tl.load(from_source + s * L.E_L + e, mask=(e < L.E_L) & has_bit(good, s), other=0)
         tl.store(counts + e, total, mask=e < L.E_L)
         tl.store(handle + L.RECEIVED, good)

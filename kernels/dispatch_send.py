@@ -22,7 +22,7 @@ import triton.language as tl
 
 from moe_a2a.gpu.layout import Layout, power_of_two_at_least
 from moe_a2a.kernels import casts
-from moe_a2a.kernels.signals import either, has_bit, is_last, raise_flags
+from moe_a2a.kernels.signals import aligned, either, has_bit, is_last, raise_flags
 
 #: What happens to a row on its way: sent as it is, quantised (fp32 scales, or powers of two), or FP8 already.
 COPY, QUANTISE, QUANTISE_POW2, GIVEN, GIVEN_POW2 = range(5)
@@ -40,15 +40,19 @@ _MOST_PROGRAMS = 1024
 @triton.jit
 def _earlier_rows(ids, own, end, L: tl.constexpr, SCAN: tl.constexpr):
     """How many tokens before `end` chose each expert of `own` [n]: int32 [n]. Choices named twice count once."""
-    found = own * 0
+    K: tl.constexpr = L.K
+    # Tokens along the lanes, so that a thread loads the ids of its own tokens only.
+    lane = tl.arange(0, SCAN)
+    found = own[:, None] * 0 + lane[None, :] * 0
     for start in range(0, end, SCAN):
-        t = start + tl.arange(0, SCAN)
-        hit = (t[:, None] + own[None, :]) < -1  # all False
-        for k in tl.static_range(L.K):
-            chosen = tl.load(ids + t * L.K + k, mask=t < end, other=-1).to(tl.int64)
-            hit |= chosen[:, None] == own[None, :].to(tl.int64)
-        found += tl.sum(hit.to(tl.int32), 0)
-    return found
+        t = start + lane
+        hit = found < 0  # all False
+        for k in tl.static_range(K):
+            chosen = tl.load(ids + t * K + k, mask=t < end, other=-1)
+            chosen = tl.where((chosen >= 0) & (chosen < L.E), chosen, -1).to(tl.int32)
+            hit |= chosen[None, :] == own[:, None]
+        found += hit.to(tl.int32)
+    return tl.sum(found, 1)
 
 
 @triton.jit
@@ -72,12 +76,13 @@ def _check(raw, k, token, report, L: tl.constexpr):
 @triton.jit
 def _send_words(source, row, offset, hits, peers, WORDS: tl.constexpr, L: tl.constexpr, CHUNK: tl.constexpr):
     """Copy a row of 4-byte words to every rank in `hits`."""
+    R: tl.constexpr = L.R
     for start in tl.static_range(0, WORDS, CHUNK):
         w = start + tl.arange(0, CHUNK)
         words = tl.load(source + row * WORDS + w, mask=w < WORDS)
-        for r in tl.static_range(L.R):
+        for r in tl.static_range(R):
             if has_bit(hits, r):
-                to = (tl.load(peers + r) + offset).to(tl.pointer_type(tl.int32))
+                to = aligned(tl.load(peers + r) + offset, tl.int32)
                 tl.store(to + w, words, mask=w < WORDS)
 
 
@@ -85,6 +90,7 @@ def _send_words(source, row, offset, hits, peers, WORDS: tl.constexpr, L: tl.con
 def _send_scales(source, row, offset, hits, peers, token, report, POW2: tl.constexpr, L: tl.constexpr):
     """Copy a row of given fp32 scales to every rank in `hits`. Scales that cannot be used are reported."""
     G_PAD: tl.constexpr = triton.next_power_of_2(L.G)
+    R: tl.constexpr = L.R
     g = tl.arange(0, G_PAD)
     bits = tl.load(source + row * L.G + g, mask=g < L.G, other=0x3F800000)
     wrong = (bits <= 0) | (bits >= 0x7F800000)
@@ -95,16 +101,18 @@ def _send_scales(source, row, offset, hits, peers, token, report, POW2: tl.const
         none = tl.full([], (1 << 62), tl.int64)
         word = place | (tl.full([], 2, tl.int64) << 32) | (bits.to(tl.int64) & 0xFFFFFFFF)
         tl.atomic_min(report + L.BAD_INPUT, tl.min(tl.where(wrong, word, none), 0))
-    for r in tl.static_range(L.R):
+    for r in tl.static_range(R):
         if has_bit(hits, r):
-            to = (tl.load(peers + r) + offset + L.H).to(tl.pointer_type(tl.int32))
+            to = aligned(tl.load(peers + r) + offset + L.H, tl.int32)
             tl.store(to + g, bits, mask=g < L.G)
 
 
 @triton.jit
 def _send_quantised(x, row, offset, hits, peers, POW2: tl.constexpr, L: tl.constexpr, CHUNK: tl.constexpr):
     """Quantise a row per 128 columns, as moe_a2a.fp8 does, and store it with its scales to every rank in `hits`."""
-    for start in tl.static_range(0, L.G, CHUNK):
+    R: tl.constexpr = L.R
+    G: tl.constexpr = L.G
+    for start in tl.static_range(0, G, CHUNK):
         g = start + tl.arange(0, CHUNK)
         columns = g[:, None] * 128 + tl.arange(0, 128)[None, :]
         inside = (g < L.G)[:, None]
@@ -116,11 +124,11 @@ def _send_quantised(x, row, offset, hits, peers, POW2: tl.constexpr, L: tl.const
             q = casts.to_e4m3(value * tl.div_rn(1.0, scale)[:, None])
         else:
             q = casts.to_e4m3(tl.div_rn(value, scale[:, None]))
-        for r in tl.static_range(L.R):
+        for r in tl.static_range(R):
             if has_bit(hits, r):
                 to = tl.load(peers + r) + offset
-                tl.store(to.to(tl.pointer_type(tl.uint8)) + columns, q, mask=inside)
-                tl.store((to + L.H).to(tl.pointer_type(tl.float32)) + g, scale, mask=g < L.G)
+                tl.store(aligned(to, tl.uint8) + columns, q, mask=inside)
+                tl.store(aligned(to + L.H, tl.float32) + g, scale, mask=g < L.G)
 
 
 @triton.jit
@@ -129,6 +137,7 @@ def _send_token(
     MODE: tl.constexpr, WEIGHTS: tl.constexpr, WORDS: tl.constexpr, L: tl.constexpr, SCAN: tl.constexpr,
     CHUNK_WORDS: tl.constexpr, CHUNK_GROUPS: tl.constexpr,
 ):  # fmt: skip
+    R: tl.constexpr = L.R
     k = tl.arange(0, L.K_PAD)
     raw = tl.load(ids + t * L.K + k, mask=k < L.K, other=-1).to(tl.int64)
     own = _check(raw, k, t, report, L)
@@ -149,7 +158,7 @@ def _send_token(
     word = (index << L.EXPERT_BITS) | (own - owner * L.E_L)
     if WEIGHTS:
         weight = tl.load(weights + t * L.K + k, mask=k < L.K, other=0.0)
-    for r in tl.static_range(L.R):
+    for r in tl.static_range(R):
         if has_bit(mask, r):
             to = tl.load(peers + r) + block + place.to(tl.int64) * (L.K * 4)
             here = tl.where(owner == r, word, -1)
@@ -192,7 +201,7 @@ def _dispatch_send(
         on = (r < L.R) & has_bit(mask, r.to(tl.int64))
         to = tl.load(peers + r, mask=on, other=0) + block + L.headers + rank * (8 * L.HEADER_WORDS)
         header = to.to(tl.pointer_type(tl.int64))
-        zero = tl.zeros([L.R_PAD], tl.int64)
+        zero = (tl.arange(0, L.R_PAD) * 0).to(tl.int64)
         tl.store(header + L.HEADER_STEP, step + zero, mask=on)
         tl.store(header + L.HEADER_EPOCH, epoch + zero, mask=on)
         tl.store(header + L.HEADER_INCARNATION, tl.load(control + L.INCARNATION) + zero, mask=on)
@@ -204,10 +213,10 @@ def _dispatch_send(
         tl.store(handle + L.STEP, step)
         tl.store(handle + L.VIEW_MASK, mask)
         tl.store(handle + L.VIEW_EPOCH, epoch)
-        for word in tl.static_range(L.RECEIVED, L.VERDICT + L.PHASES):
-            tl.store(handle + word, zero64)
+        rest = L.RECEIVED + tl.arange(0, 16)
+        tl.store(handle + rest, zero64 + rest * 0, mask=rest < L.VERDICT + L.PHASES)
         tl.store(live + L.LIVE_STEP, step)
-        value = 2 * step + tl.zeros([L.R_PAD], tl.int64)
+        value = 2 * step + (tl.arange(0, L.R_PAD) * 0).to(tl.int64)
         raise_flags(peers, block + L.flags + L.DISPATCH * L.R * 8, rank, value, mask, L)
 
 

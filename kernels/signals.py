@@ -43,20 +43,24 @@ _OVER = tl.constexpr(1 << 61)
 _DECIDED = tl.constexpr(1 << 62)
 
 
-@triton.constexpr_function
-def _host_clock():
-    return time.monotonic_ns()
+if PORTABLE.value:
+
+    def now():
+        """Nanoseconds of a clock that all programs share."""
+        return tl.full([], 0, tl.int64) + time.monotonic_ns()
+
+else:
+
+    @triton.jit
+    def now():
+        """Nanoseconds of a clock that all programs share."""
+        return tl.inline_asm_elementwise("mov.u64 $0, %globaltimer;", "=l", [], dtype=tl.int64, is_pure=False, pack=1)
 
 
 @triton.jit
-def now():
-    """Nanoseconds of a clock that all programs share."""
-    if PORTABLE:
-        return tl.full([], 0, tl.int64) + _host_clock()
-    else:
-        return tl.inline_asm_elementwise(
-            "mov.u64 $0, %globaltimer;", "=l", [], dtype=tl.int64, is_pure=False, pack=1
-        )
+def aligned(address, dtype: tl.constexpr):
+    """A pointer from an int64 address that is a multiple of 16: without the hint, every element is an access."""
+    return tl.multiple_of(address.to(tl.pointer_type(dtype)), 16)
 
 
 @triton.jit

@@ -24,9 +24,8 @@ _TOKENS = 16  # tokens of a program
 
 
 @triton.jit(do_not_specialize=["tokens", "rank"])
-def _weights_push(
-    weights, peers, live, handle, hits, tokens, rank, TOKENS: tl.constexpr, L: tl.constexpr
-):
+def _weights_push(weights, peers, live, handle, hits, tokens, rank, TOKENS: tl.constexpr, L: tl.constexpr):
+    R: tl.constexpr = L.R
     step = tl.load(handle + L.STEP)
     mask = tl.load(handle + L.VIEW_MASK)
     block = (step & 1) * L.parity_bytes
@@ -35,14 +34,14 @@ def _weights_push(
     inside = (t < tokens)[:, None] & (k < L.K)[None, :]
     value = tl.load(weights + t[:, None] * L.K + k[None, :], mask=inside, other=0.0)
     hit = tl.load(hits + t, mask=t < tokens, other=0)
-    for r in tl.static_range(L.R):
+    for r in tl.static_range(R):
         if has_bit(mask, r):
             to = (tl.load(peers + r) + block + L.weights).to(tl.pointer_type(tl.float32))
             at = (rank * L.M + t)[:, None] * L.K + k[None, :]
             tl.store(to + at, value, mask=inside & has_bit(hit, r)[:, None])
 
     if is_last(live + (L.FINISHED + L.WEIGHTS)):
-        flag = 2 * step + tl.zeros([L.R_PAD], tl.int64)
+        flag = 2 * step + (tl.arange(0, L.R_PAD) * 0).to(tl.int64)
         raise_flags(peers, block + L.flags + L.WEIGHTS * L.R * 8, rank, flag, mask, L)
 
 
