@@ -1,4 +1,9 @@
-"""Triton kernels of dispatch and combine for GPU ranks; installs as `moe_a2a.kernels`.
+"""Triton kernels of dispatch and combine for GPU ranks, one operator a file; installs as `moe_a2a.kernels`.
 
-None is here yet: they arrive with the support of GPU ranks. CPU ranks need none.
+    signals        flags, counters, waits: the only place with system-scope atomics and inline PTX
+    casts          roundings that are the same on a GPU and in Triton's interpreter
+    dispatch_send  -> dispatch_recv -> (experts) -> [weights_push] -> combine_send -> combine_recv
+
+Every kernel takes a `moe_a2a.gpu.layout.Layout` as its compile-time constant L. Importing this package needs no Triton;
+importing a kernel does. Set TRITON_INTERPRET=1 before Triton is imported to run them on a CPU.
 """

@@ -1,0 +1,91 @@
+"""Combine, receiving half: wait for all ranks, and add the rows that came back for each token.
+
+A work item is a block of columns of one of this rank's tokens. Rows are added in rank order in fp32 and rounded once.
+A token without experts gives zeros.
+
+Memory-ordering contract
+    Waits for the COMBINE flag of every rank in the handle's view (acquire), also if this rank brought no token: that
+    the others are done with this step is what makes its buffers free again. Reads this rank's own region and `hits`;
+    writes `out` and the handle's MISSING with plain stores. A rank that is missing, or says "excluded", adds nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from moe_a2a.gpu.layout import Layout, power_of_two_at_least
+from moe_a2a.kernels.casts import to_payload
+from moe_a2a.kernels.signals import aligned, has_bit, wait
+
+_WARPS = 4
+_BLOCK = 1024
+_PROGRAMS_A_SM = 8
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _combine_recv(
+    out, region, control, alive, handle, hits, report, tokens,
+    BLOCK: tl.constexpr, L: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    step = tl.load(handle + L.STEP)
+    want = tl.load(handle + L.VIEW_MASK)
+    block = region.to(tl.int64) + (step & 1) * L.parity_bytes
+    arrived, excluded = wait(block, handle, control, alive, L.COMBINE, want, step, L, LANES)
+    good = arrived & ~excluded
+
+    BLOCKS: tl.constexpr = (L.H + BLOCK - 1) // BLOCK
+    DTYPE: tl.constexpr = out.dtype.element_ty
+    R: tl.constexpr = L.R
+    for number in range(pid, tokens * BLOCKS, tl.num_programs(0)):
+        item = tl.full([], 0, tl.int32) + number  # the interpreter's loops count in Python ints
+        column = (item % BLOCKS) * BLOCK + tl.arange(0, BLOCK)
+        t = item // BLOCKS
+        inside = column < L.H
+        hit = tl.load(hits + t) & good
+        total = tl.zeros([BLOCK], tl.float32)
+        for r in tl.static_range(R):
+            row = aligned(block + L.sums + (r * L.M + t).to(tl.int64) * L.sum_stride, DTYPE)
+            total += tl.load(row + column, mask=inside & has_bit(hit, r), other=0.0).to(tl.float32)
+        tl.store(out + t.to(tl.int64) * L.H + column, to_payload(total, DTYPE), mask=inside)
+
+    if pid == 0:
+        if good != want:
+            tl.atomic_or(handle + L.MISSING, want & ~good)
+            tl.atomic_or(report + L.LOST, want & ~good)
+
+
+def combine_recv(
+    layout: Layout,
+    out: torch.Tensor,
+    *,
+    region: torch.Tensor,
+    control: torch.Tensor,
+    alive: torch.Tensor,
+    handle: torch.Tensor,
+    hits: torch.Tensor,
+    report: torch.Tensor,
+    processors: int,
+) -> None:
+    """Launch. out: [T, H], payload dtype; hits: int64 [M], written by dispatch_send. The others: `Layout`."""
+    block = min(_BLOCK, power_of_two_at_least(layout.H))
+    items = out.shape[0] * -(-layout.H // block)
+    options: dict[str, Any] = {"num_warps": _WARPS}
+    _combine_recv[(max(1, min(items, processors * _PROGRAMS_A_SM)),)](
+        out,
+        region,
+        control,
+        alive,
+        handle,
+        hits,
+        report,
+        out.shape[0],
+        BLOCK=block,
+        L=layout,
+        LANES=32 * _WARPS,
+        **options,
+    )

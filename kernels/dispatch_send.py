@@ -1,0 +1,278 @@
+"""Dispatch, sending half: store this rank's tokens into the memory of the ranks that own their experts.
+
+A token goes once to each destination rank. Programs 0 .. n - COUNTERS - 1 take tokens: check the ids, quantise if
+asked for, and store row, scales, weights and table word. The table word of a choice holds the local expert and the
+index of the row among this rank's rows for that expert: a sender knows its own tokens, so that a receiver only has to
+add what the ranks before it sent. The last COUNTERS programs count rows for EXPERTS_A_PROGRAM experts each.
+
+Memory-ordering contract
+    Reads `live`, `control` (written before this launch). Stores rows, scales, weights, table, counts and header with
+    plain stores; then the last program writes the handle, advances the step in `live` and raises one flag on each
+    rank of the view, with system-scope release (`moe_a2a.kernels.signals`). The block that it writes was last used two
+    steps ago; this rank's receive of that step's combine proved that all peers are done with it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from moe_a2a.gpu.layout import Layout, power_of_two_at_least
+from moe_a2a.kernels import casts
+from moe_a2a.kernels.signals import aligned, either, has_bit, is_last, raise_flags
+
+#: What happens to a row on its way: sent as it is, quantised (fp32 scales, or powers of two), or FP8 already.
+COPY, QUANTISE, QUANTISE_POW2, GIVEN, GIVEN_POW2 = range(5)
+#: Bits of a header that tell the receiver what the rows hold.
+BITS_FP8, BITS_POW2, BITS_WEIGHTS = 1, 2, 4
+
+EXPERTS_A_PROGRAM = 32
+_WARPS = 8
+_SCAN = 128  # tokens whose ids are looked at at once
+_CHUNK_WORDS = 4096  # of a row that is copied
+_CHUNK_GROUPS = 64  # of a row that is quantised
+_MOST_PROGRAMS = 1024
+
+
+@triton.jit
+def _earlier_rows(ids, own, end, L: tl.constexpr, SCAN: tl.constexpr):
+    """How many tokens before `end` chose each expert of `own` [n]: int32 [n]. Choices named twice count once."""
+    K: tl.constexpr = L.K
+    # Tokens along the lanes, so that a thread loads the ids of its own tokens only.
+    lane = tl.arange(0, SCAN)
+    found = own[:, None] * 0 + lane[None, :] * 0
+    for start in range(0, end, SCAN):
+        t = start + lane
+        hit = found < 0  # all False
+        for k in tl.static_range(K):
+            chosen = tl.load(ids + t * K + k, mask=t < end, other=-1)
+            chosen = tl.where((chosen >= 0) & (chosen < L.E), chosen, -1).to(tl.int32)
+            hit |= chosen[None, :] == own[:, None]
+        found += hit.to(tl.int32)
+    return tl.sum(found, 1)
+
+
+@triton.jit
+def _check(raw, k, token, report, L: tl.constexpr):
+    """A token's ids, with -1 in place of those that are wrong: int32 [K_PAD]. The first wrong one is reported."""
+    in_row = k < L.K
+    wrong = in_row & ((raw < -1) | (raw >= L.E))
+    own = tl.where(wrong | (in_row == 0), -1, raw).to(tl.int32)
+    same = (own[:, None] == own[None, :]) & (k[None, :] < k[:, None]) & (own[:, None] >= 0)
+    twice = tl.max(same.to(tl.int32), 1) > 0
+    if tl.max((wrong | twice).to(tl.int32), 0) > 0:
+        # One word, so that the smallest (token, k) wins whatever the order: see moe_a2a.gpu.report.
+        seen = tl.minimum(tl.maximum(raw, -(1 << 31)), (1 << 31) - 1) + (1 << 31)
+        place = (token.to(tl.int64) << 40) | (k.to(tl.int64) << 34)
+        word = place | (twice.to(tl.int64) << 32) | seen
+        none = tl.full([], (1 << 62), tl.int64)
+        tl.atomic_min(report + L.BAD_INPUT, tl.min(tl.where(wrong | twice, word, none), 0))
+    return tl.where(twice, -1, own)
+
+
+@triton.jit
+def _send_words(source, row, offset, hits, peers, WORDS: tl.constexpr, L: tl.constexpr, CHUNK: tl.constexpr):
+    """Copy a row of 4-byte words to every rank in `hits`."""
+    R: tl.constexpr = L.R
+    for start in tl.static_range(0, WORDS, CHUNK):
+        w = start + tl.arange(0, CHUNK)
+        words = tl.load(source + row * WORDS + w, mask=w < WORDS)
+        for r in tl.static_range(R):
+            if has_bit(hits, r):
+                to = aligned(tl.load(peers + r) + offset, tl.int32)
+                tl.store(to + w, words, mask=w < WORDS)
+
+
+@triton.jit
+def _send_scales(source, row, offset, hits, peers, token, report, POW2: tl.constexpr, L: tl.constexpr):
+    """Copy a row of given fp32 scales to every rank in `hits`. Scales that cannot be used are reported."""
+    G_PAD: tl.constexpr = triton.next_power_of_2(L.G)
+    R: tl.constexpr = L.R
+    g = tl.arange(0, G_PAD)
+    bits = tl.load(source + row * L.G + g, mask=g < L.G, other=0x3F800000)
+    wrong = (bits <= 0) | (bits >= 0x7F800000)
+    if POW2:
+        wrong |= (bits & 0x7FFFFF) != 0
+    if tl.max(wrong.to(tl.int32), 0) > 0:
+        place = (token.to(tl.int64) << 40) | (g.to(tl.int64) << 34)
+        none = tl.full([], (1 << 62), tl.int64)
+        word = place | (tl.full([], 2, tl.int64) << 32) | (bits.to(tl.int64) & 0xFFFFFFFF)
+        tl.atomic_min(report + L.BAD_INPUT, tl.min(tl.where(wrong, word, none), 0))
+    for r in tl.static_range(R):
+        if has_bit(hits, r):
+            to = aligned(tl.load(peers + r) + offset + L.H, tl.int32)
+            tl.store(to + g, bits, mask=g < L.G)
+
+
+@triton.jit
+def _send_quantised(x, row, offset, hits, peers, POW2: tl.constexpr, L: tl.constexpr, CHUNK: tl.constexpr):
+    """Quantise a row per 128 columns, as moe_a2a.fp8 does, and store it with its scales to every rank in `hits`."""
+    R: tl.constexpr = L.R
+    G: tl.constexpr = L.G
+    for start in tl.static_range(0, G, CHUNK):
+        g = start + tl.arange(0, CHUNK)
+        columns = g[:, None] * 128 + tl.arange(0, 128)[None, :]
+        inside = (g < L.G)[:, None]
+        value = tl.load(x + row * L.H + columns, mask=inside, other=0.0).to(tl.float32)
+        scale = tl.div_rn(tl.maximum(tl.max(tl.abs(value), 1), 1e-4), 448.0)
+        if POW2:
+            scale = casts.power_of_two_at_least(scale)
+            # A power of two has an exact reciprocal, and a product is cheaper.
+            q = casts.to_e4m3(value * tl.div_rn(1.0, scale)[:, None])
+        else:
+            q = casts.to_e4m3(tl.div_rn(value, scale[:, None]))
+        for r in tl.static_range(R):
+            if has_bit(hits, r):
+                to = tl.load(peers + r) + offset
+                tl.store(aligned(to, tl.uint8) + columns, q, mask=inside)
+                tl.store(aligned(to + L.H, tl.float32) + g, scale, mask=g < L.G)
+
+
+@triton.jit
+def _send_token(
+    t, x, ids, weights, scales, peers, block, mask, hits_out, report, rank,
+    MODE: tl.constexpr, WEIGHTS: tl.constexpr, WORDS: tl.constexpr, L: tl.constexpr, SCAN: tl.constexpr,
+    CHUNK_WORDS: tl.constexpr, CHUNK_GROUPS: tl.constexpr,
+):  # fmt: skip
+    R: tl.constexpr = L.R
+    k = tl.arange(0, L.K_PAD)
+    raw = tl.load(ids + t * L.K + k, mask=k < L.K, other=-1).to(tl.int64)
+    own = _check(raw, k, t, report, L)
+    owner = tl.where(own >= 0, own // L.E_L, -1)
+    one = tl.full([], 1, tl.int64)
+    hits = tl.reduce(tl.where(own >= 0, one << tl.maximum(owner, 0).to(tl.int64), 0), 0, either) & mask
+    tl.store(hits_out + t, hits)
+    place = rank * L.M + t
+    row = t.to(tl.int64)
+    offset = block + L.rows + place.to(tl.int64) * L.row_stride
+    if MODE == 1 or MODE == 2:
+        _send_quantised(x, row, offset, hits, peers, MODE == 2, L, CHUNK_GROUPS)
+    else:
+        _send_words(x, row, offset, hits, peers, WORDS, L, CHUNK_WORDS)
+    if MODE == 3 or MODE == 4:
+        _send_scales(scales, row, offset, hits, peers, t, report, MODE == 4, L)
+    index = _earlier_rows(ids, own, t, L, SCAN)
+    word = (index << L.EXPERT_BITS) | (own - owner * L.E_L)
+    if WEIGHTS:
+        weight = tl.load(weights + t * L.K + k, mask=k < L.K, other=0.0)
+    for r in tl.static_range(R):
+        if has_bit(mask, r):
+            to = tl.load(peers + r) + block + place.to(tl.int64) * (L.K * 4)
+            here = tl.where(owner == r, word, -1)
+            tl.store((to + L.table).to(tl.pointer_type(tl.int32)) + k, here, mask=k < L.K)
+            if WEIGHTS:
+                tl.store((to + L.weights).to(tl.pointer_type(tl.float32)) + k, weight, mask=k < L.K)
+
+
+@triton.jit(do_not_specialize=["tokens", "rank"])
+def _dispatch_send(
+    x, ids, weights, scales, peers, control, live, handle, hits, report, tokens, rank,
+    MODE: tl.constexpr, WEIGHTS: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr, COUNTERS: tl.constexpr,
+    EXPERTS: tl.constexpr, SCAN: tl.constexpr, CHUNK_WORDS: tl.constexpr, CHUNK_GROUPS: tl.constexpr, L: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    senders = tl.num_programs(0) - COUNTERS
+    step = tl.load(live + L.LIVE_STEP) + 1
+    changed = step >= tl.load(control + L.NEXT_STEP)
+    mask = tl.load(control + tl.where(changed, L.NEXT_MASK, L.MASK))
+    epoch = tl.load(control + tl.where(changed, L.NEXT_EPOCH, L.EPOCH))
+    block = (step & 1) * L.parity_bytes
+
+    if pid < senders:
+        for t in range(pid, tokens, senders):
+            _send_token(
+                tl.full([], 0, tl.int32) + t, x, ids, weights, scales, peers, block, mask, hits, report, rank,
+                MODE, WEIGHTS, WORDS, L, SCAN, CHUNK_WORDS, CHUNK_GROUPS,
+            )  # fmt: skip
+    else:
+        e = (pid - senders) * EXPERTS + tl.arange(0, EXPERTS)
+        count = _earlier_rows(ids, e, tokens, L, SCAN)
+        owner = tl.minimum(e // L.E_L, L.R - 1)
+        on = (e < L.E) & has_bit(mask, owner.to(tl.int64))
+        to = tl.load(peers + owner, mask=on, other=0) + block + L.counts
+        to += (rank * L.E_L + e - owner * L.E_L).to(tl.int64) * 4
+        tl.store(to.to(tl.pointer_type(tl.int32)), count, mask=on)
+
+    r = tl.arange(0, L.R_PAD)
+    if pid == senders:
+        on = (r < L.R) & has_bit(mask, r.to(tl.int64))
+        to = tl.load(peers + r, mask=on, other=0) + block + L.headers + rank * (8 * L.HEADER_WORDS)
+        header = to.to(tl.pointer_type(tl.int64))
+        zero = (tl.arange(0, L.R_PAD) * 0).to(tl.int64)
+        tl.store(header + L.HEADER_STEP, step + zero, mask=on)
+        tl.store(header + L.HEADER_EPOCH, epoch + zero, mask=on)
+        tl.store(header + L.HEADER_INCARNATION, tl.load(control + L.INCARNATION) + zero, mask=on)
+        tl.store(header + L.HEADER_TOKENS, tokens + zero, mask=on)
+        tl.store(header + L.HEADER_BITS, BITS + zero, mask=on)
+
+    if is_last(live + (L.FINISHED + L.DISPATCH)):
+        zero64 = tl.full([], 0, tl.int64)
+        tl.store(handle + L.STEP, step)
+        tl.store(handle + L.VIEW_MASK, mask)
+        tl.store(handle + L.VIEW_EPOCH, epoch)
+        rest = L.RECEIVED + tl.arange(0, 16)
+        tl.store(handle + rest, zero64 + rest * 0, mask=rest < L.VERDICT + L.PHASES)
+        tl.store(live + L.LIVE_STEP, step)
+        value = 2 * step + (tl.arange(0, L.R_PAD) * 0).to(tl.int64)
+        raise_flags(peers, block + L.flags + L.DISPATCH * L.R * 8, rank, value, mask, L)
+
+
+def dispatch_send(
+    layout: Layout,
+    rank: int,
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor | None,
+    scales: torch.Tensor | None,
+    mode: int,
+    *,
+    peers: torch.Tensor,
+    control: torch.Tensor,
+    live: torch.Tensor,
+    handle: torch.Tensor,
+    hits: torch.Tensor,
+    report: torch.Tensor,
+) -> None:
+    """Launch. x: [T, H], payload dtype, or FP8 for GIVEN; ids: int32 or int64 [T, K]; weights: fp32 [T, K] or None;
+    scales: fp32 [T, H/128] for GIVEN. peers: int64 [R], addresses of all ranks' regions. The others: `Layout`."""
+    tokens = x.shape[0]
+    quantise = mode in (QUANTISE, QUANTISE_POW2)
+    rows = x if quantise else x.view(torch.int32)
+    counters = -(-layout.E // EXPERTS_A_PROGRAM)
+    options: dict[str, Any] = {"num_warps": _WARPS}
+    _dispatch_send[(min(tokens, _MOST_PROGRAMS) + counters,)](
+        rows,
+        ids,
+        weights if weights is not None else ids,
+        scales.view(torch.int32) if scales is not None else ids,
+        peers,
+        control,
+        live,
+        handle,
+        hits,
+        report,
+        tokens,
+        rank,
+        MODE=mode,
+        WEIGHTS=weights is not None,
+        BITS=header_bits(mode, weights is not None),
+        WORDS=layout.H * x.element_size() // 4,
+        COUNTERS=counters,
+        EXPERTS=EXPERTS_A_PROGRAM,
+        SCAN=_SCAN,
+        CHUNK_WORDS=min(_CHUNK_WORDS, power_of_two_at_least(layout.H * x.element_size() // 4)),
+        CHUNK_GROUPS=min(_CHUNK_GROUPS, power_of_two_at_least(layout.G)),
+        L=layout,
+        **options,
+    )
+
+
+def header_bits(mode: int, weights: bool) -> int:
+    """What a header says about rows that are sent in this mode."""
+    bits = 0 if mode == COPY else BITS_FP8
+    if mode in (QUANTISE_POW2, GIVEN_POW2):
+        bits |= BITS_POW2
+    return bits | (BITS_WEIGHTS if weights else 0)

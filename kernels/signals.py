@@ -1,0 +1,182 @@
+"""How ranks and programs tell each other that data is there. The only place with system-scope atomics and inline PTX.
+
+Memory-ordering contract
+    publish   All stores of a launch, of all its programs, happen before the flag that its last program stores. The
+              chain: a program's stores, a CTA barrier, an acq_rel increment of a counter of this GPU by one thread;
+              whoever completes the count goes on through that thread's acquire, a CTA barrier and a store with
+              system-scope release. Release is cumulative, so that a peer that acquires the flag sees them all.
+    wait      Flags are read with system-scope acquire, and a CTA barrier follows: what a source stored before its
+              flag is visible to every thread afterwards.
+
+A flag holds 2 * step + excluded. Steps of a parity only grow, so that "2 * step or more" means "arrived".
+
+How a wait ends, always and for all programs alike
+    Every program polls for itself; on the good path nobody writes anything. But programs that disagree about who
+    arrived would disagree about where rows lie. So whoever has to wait starts a clock that all share (DEADLINE in the
+    handle, once per step and phase), and the outcome is put to a vote (VERDICT, compare-and-set, the first wins) by
+    everyone who is done after the deadline. A program that saw all flags before the deadline needs no vote: sources
+    are given up only MARGIN_NS after it, by a program whose poll then still misses a flag, and flags never go back.
+    A membership change (the `alive` word, in pinned host memory) moves the deadline to now + MARGIN_NS.
+
+    Decisions come out of a reduction over the whole CTA, with one lane a thread (`lanes` = 32 * num_warps): scalars
+    that each thread loads for itself could differ between warps, and warps that disagree do not meet at a barrier.
+
+In Triton's interpreter PTX cannot run: PORTABLE then chooses plain loads and the host's clock.
+"""
+
+from __future__ import annotations
+
+import time
+
+import triton
+import triton.language as tl
+
+PORTABLE = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+MARGIN_NS = tl.constexpr(20_000)
+# Polls before a waiting program starts the clock: about 10 us.
+_SPINS = tl.constexpr(16)
+# Polls between two looks at the word in host memory, which takes microseconds to read.
+_LOOKS = tl.constexpr(32)
+_LIVE = tl.constexpr(1 << 62)
+_OVER = tl.constexpr(1 << 61)
+_DECIDED = tl.constexpr(1 << 62)
+
+
+if PORTABLE.value:
+
+    def now():
+        """Nanoseconds of a clock that all programs share."""
+        return tl.full([], 0, tl.int64) + time.monotonic_ns()
+
+else:
+
+    @triton.jit
+    def now():
+        """Nanoseconds of a clock that all programs share."""
+        return tl.inline_asm_elementwise("mov.u64 $0, %globaltimer;", "=l", [], dtype=tl.int64, is_pure=False, pack=1)
+
+
+@triton.jit
+def aligned(address, dtype: tl.constexpr):
+    """A pointer from an int64 address that is a multiple of 16: without the hint, every element is an access."""
+    return tl.multiple_of(address.to(tl.pointer_type(dtype)), 16)
+
+
+@triton.jit
+def either(a, b):
+    """For tl.reduce: bitwise or."""
+    return a | b
+
+
+@triton.jit
+def lane_bits(flags, lane):
+    """The lanes whose flag is set, as bits of one int64. flags: bool [n]; lane: int64 [n], 0 to n - 1."""
+    one = tl.full([], 1, tl.int64)
+    return tl.reduce(tl.where(flags, one << tl.minimum(lane, 62), 0), 0, either)
+
+
+@triton.jit
+def has_bit(mask, bit):
+    """Is a bit of an int64 mask set? Both may be tensors."""
+    return ((mask >> bit) & 1) != 0
+
+
+@triton.jit
+def _load_acquire(pointers):
+    if PORTABLE:
+        return tl.load(pointers)
+    else:
+        return tl.inline_asm_elementwise(
+            "ld.acquire.sys.global.u64 $0, [$1];", "=l,l", [pointers], dtype=tl.int64, is_pure=False, pack=1
+        )
+
+
+@triton.jit
+def _poll(flags, deadline, want, threshold, R: tl.constexpr, LANES: tl.constexpr):
+    """One look at all flags: (arrived sources | _LIVE | _OVER, excluded sources), equal in every thread.
+
+    _LIVE: before the deadline, or no clock runs. _OVER: the deadline was over MARGIN_NS ago before the flags were read.
+    """
+    lane = tl.arange(0, LANES).to(tl.int64)
+    # Of the lanes beside the flags, one reads the deadline: the same instruction, so no second round trip.
+    is_flag = (lane < R) & has_bit(want, tl.minimum(lane, 62))
+    is_deadline = lane == R
+    addresses = tl.where(is_deadline, deadline.to(tl.int64), flags.to(tl.int64) + tl.where(is_flag, lane, 0) * 8)
+    before = now()
+    value = _load_acquire(addresses.to(tl.pointer_type(tl.int64)))
+    after = now()
+    is_set = is_flag & (value >= threshold)
+    one = tl.full([], 1, tl.int64)
+    bits = tl.where(is_set, one << tl.minimum(lane, 60), 0)
+    bits += tl.where(is_deadline & ((value == 0) | (after < value)), _LIVE, 0)
+    bits += tl.where(is_deadline & (value != 0) & (before >= value + MARGIN_NS), _OVER, 0)
+    excluded = tl.where(is_set & ((value & 1) != 0), one << tl.minimum(lane, 60), 0)
+    return tl.sum(bits, 0), tl.sum(excluded, 0)
+
+
+@triton.jit
+def _uniform(pointer, LANES: tl.constexpr):
+    """A word as one thread sees it, in all threads."""
+    lane = tl.arange(0, LANES)
+    return tl.sum(tl.where(lane == 0, tl.load(pointer + lane * 0, volatile=True), 0), 0)
+
+
+@triton.jit
+def wait(region, handle, control, alive, PHASE: tl.constexpr, want, step, L: tl.constexpr, LANES: tl.constexpr):
+    """Wait for the flags of the sources in `want`. Returns (arrived, excluded), masks of sources, both within `want`.
+
+    region: int64 address of this rank's block of the step's parity; handle, control: int64 words (`Layout`); alive:
+    int64 word that the host may change at any time, a bit for each rank that lives. Ends when every source has
+    arrived, or when control's BUDGET_NS is over or `alive` loses a source: then `arrived` lacks it, in all programs.
+    """
+    flags = (region + L.flags + PHASE * L.R * 8).to(tl.pointer_type(tl.int64))
+    deadline = handle + (L.DEADLINE + PHASE)
+    bits, excluded = _poll(flags, deadline, want, 2 * step, L.R, LANES)
+    arrived = want
+    if bits != (want | _LIVE):
+        polls = tl.full([], 0, tl.int32)
+        while ((bits & want) != want) & ((bits & _OVER) == 0):
+            if polls == _SPINS:
+                tl.atomic_cas(deadline, tl.full([], 0, tl.int64), now() + tl.load(control + L.BUDGET_NS))
+            if polls % _LOOKS == _LOOKS - 1:
+                gone = want & ~_uniform(alive, LANES)
+                if (gone & ~bits) != 0:
+                    tl.atomic_min(deadline, now() + MARGIN_NS)
+            polls += 1
+            bits, excluded = _poll(flags, deadline, want, 2 * step, L.R, LANES)
+        if (bits & _LIVE) == 0:
+            mine = (bits & want) | _DECIDED
+            verdict = tl.atomic_cas(handle + (L.VERDICT + PHASE), tl.full([], 0, tl.int64), mine)
+            verdict = tl.where(verdict == 0, mine, verdict)
+            arrived = verdict & want
+            # Another program may have seen a flag that this one has not; it is there by now.
+            bits, excluded = _poll(flags, deadline, arrived, 2 * step, L.R, LANES)
+    return arrived, excluded
+
+
+@triton.jit
+def is_last(counter):
+    """Announce that this program is done; True in the last of the launch, which sees all that the others stored.
+
+    counter: int64 of this GPU, 0 before the launch and again after it.
+    """
+    tl.debug_barrier()
+    done = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
+    last = done == tl.num_programs(0) - 1
+    if last:
+        tl.store(counter, tl.full([], 0, tl.int64))
+    return last
+
+
+@triton.jit
+def raise_flags(peers, offset, rank, value, mask, L: tl.constexpr):
+    """Store this rank's flag on every rank in `mask`, with release. Only for the program for which `is_last` was True.
+
+    peers: int64 [R], addresses of the regions; offset: of the phase's flags in the region; value: int64 [R_PAD].
+    """
+    tl.debug_barrier()
+    r = tl.arange(0, L.R_PAD)
+    on = (r < L.R) & has_bit(mask, r.to(tl.int64))
+    address = tl.load(peers + r, mask=on, other=0) + offset + rank * 8
+    tl.atomic_xchg(address.to(tl.pointer_type(tl.int64)), value, mask=on, sem="release", scope="sys")

@@ -1,0 +1,61 @@
+"""Checks of a call's tensors that need not read them: shape, dtype, device, strides. All raise InputError."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from moe_a2a.config import Config
+from moe_a2a.errors import InputError
+from moe_a2a.fp8 import FP8, SCALE_FORMATS, ScaleFormat
+
+
+def check_tensor(
+    name: str, value: object, shape: Sequence[int | str], dtypes: Sequence[torch.dtype], device: torch.device
+) -> torch.Tensor:
+    """A contiguous tensor on `device` of this shape (a string stands for any size) and one of these dtypes."""
+    text = f"[{', '.join(map(str, shape))}]"
+    if not isinstance(value, torch.Tensor):
+        raise InputError(f"{name} is a {type(value).__name__}; give a torch tensor {text}")
+    if value.device != device:
+        raise InputError(f"{name} is on {value.device}; this rank's device is {device}: give a tensor there")
+    if value.dtype not in dtypes:
+        raise InputError(f"{name} has dtype {value.dtype}; allowed: {', '.join(map(str, dtypes))}")
+    fits = value.dim() == len(shape) and all(
+        isinstance(want, str) or have == want for have, want in zip(value.shape, shape, strict=True)
+    )
+    if not fits:
+        raise InputError(f"{name} has shape {list(value.shape)}; expected {text}")
+    if not value.is_contiguous():
+        raise InputError(f"{name} has strides {value.stride()}; give a contiguous tensor (.contiguous())")
+    if value.data_ptr() % 16:
+        raise InputError(f"{name} starts at an address that is no multiple of 16 bytes; give a copy (.clone())")
+    return value.detach()
+
+
+def check_tokens(config: Config, x: object, fp8: ScaleFormat | None, device: torch.device) -> torch.Tensor:
+    """x of a dispatch: [T, H], payload dtype or float8_e4m3fn, T <= max_tokens_per_rank."""
+    tensor = check_tensor("x", x, ("T", config.hidden_size), (config.dtype, FP8), device)
+    tokens = tensor.shape[0]
+    if tokens > config.max_tokens_per_rank:
+        raise InputError(
+            f"max_tokens_per_rank={config.max_tokens_per_rank}, but this call brings {tokens} tokens; "
+            "split the batch or raise max_tokens_per_rank"
+        )
+    if fp8 is not None and fp8 not in SCALE_FORMATS:
+        raise InputError(f"fp8={fp8!r}; allowed: None, {', '.join(repr(f) for f in SCALE_FORMATS)}")
+    return tensor
+
+
+def check_scales(config: Config, x: torch.Tensor, scales: object, device: torch.device) -> torch.Tensor | None:
+    """scales belong to an x that is FP8 already: fp32 [T, H/128]."""
+    if x.dtype == FP8:
+        if scales is None:
+            raise InputError("x is float8_e4m3fn but scales is None; give fp32 scales [T, H/128]")
+        return check_tensor("scales", scales, (x.shape[0], config.groups), (torch.float32,), device)
+    if scales is not None:
+        raise InputError(
+            f"scales belong to an x that is float8_e4m3fn; x is {x.dtype}: leave scales out, and give fp8= to quantise"
+        )
+    return None

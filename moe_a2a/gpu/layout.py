@@ -1,0 +1,228 @@
+"""Where everything lies in a GPU rank's memory: pure arithmetic, shared by kernels, launchers and tests.
+
+A rank has two kinds of memory.
+
+Region: symmetric, mapped and written by the peers. One for each channel; it holds two parities of the same block:
+
+    flags    int64 [PHASES, R]         written last, by the sources; see `moe_a2a.kernels.signals`
+    headers  int64 [R, HEADER_WORDS]   step, view epoch, incarnation, T, bits, of each source
+    counts   int32 [R, E_l]            rows that each source sends to each local expert
+    table    int32 [R, M, K]           -1, or (index among the source's rows for that expert) << 10 | local expert
+    weights  fp32  [R, M, K]
+    rows     bytes [R, M, row_stride]  payload, and behind it fp32 [H/128] scales if the payload is FP8
+    sums     bytes [R, M, H * itemsize]  rows that come back at combine, one for each rank that a token went to
+
+State: the rank's own, seen by nobody else. One `control` for each rank, one `live` for each channel, and one handle,
+`hits` and `places` for each step that may be open (two for each channel). All of `control`, `live`, a handle and
+`report` are int64 words, named below.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+from moe_a2a.config import GROUP, Config
+from moe_a2a.errors import ConfigError
+
+#: Slots of a channel: steps that may be open at once, and parities of its buffers.
+SLOTS = 2
+#: Ranks whose arrival fits in one 64-bit word beside the bits that a wait needs for itself.
+MAX_RANKS = 60
+MAX_TOKENS = 1 << 20
+_LINE = 256  # bytes; areas start on such a boundary, so that wide stores stay aligned
+
+
+def _round_up(n: int, to: int) -> int:
+    return -(-n // to) * to
+
+
+def power_of_two_at_least(n: int) -> int:
+    """The smallest power of two that is n or more; Triton's tiles have such sizes."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Offsets and sizes in bytes. Kernels take it whole as a compile-time constant, hence the short names.
+
+    R ranks, E experts, H hidden size, K top-k, M max_tokens_per_rank; itemsize: bytes of an element of the payload
+    dtype; fp8_only: the region takes no dispatch rows but FP8 ones, and is that much smaller.
+
+    Raises ConfigError.
+    """
+
+    R: int
+    E: int
+    H: int
+    K: int
+    M: int
+    itemsize: int
+    fp8_only: bool = False
+
+    # Phases: each has a flag for every source.
+    DISPATCH: ClassVar[int] = 0
+    COMBINE: ClassVar[int] = 1
+    WEIGHTS: ClassVar[int] = 2
+    PHASES: ClassVar[int] = 3
+
+    # Words of `control`, written by the host. A new view is written as "next", with the step at which it begins last.
+    EPOCH: ClassVar[int] = 0
+    MASK: ClassVar[int] = 1
+    NEXT_EPOCH: ClassVar[int] = 2
+    NEXT_MASK: ClassVar[int] = 3
+    NEXT_STEP: ClassVar[int] = 4
+    BUDGET_NS: ClassVar[int] = 5
+    INCARNATION: ClassVar[int] = 6
+    CONTROL_WORDS: ClassVar[int] = 8
+
+    # Words of `live`: the last step that was sent, and how many programs of a running kernel have finished.
+    LIVE_STEP: ClassVar[int] = 0
+    FINISHED: ClassVar[int] = 1  # + phase
+    LIVE_WORDS: ClassVar[int] = 8
+
+    # Words of a handle, written by send; what receive and combine find out is kept here too.
+    STEP: ClassVar[int] = 0
+    VIEW_MASK: ClassVar[int] = 1
+    VIEW_EPOCH: ClassVar[int] = 2
+    RECEIVED: ClassVar[int] = 3  # sources whose rows receive took
+    LONGEST: ClassVar[int] = 4  # the most tokens that one of them brought
+    MISSING: ClassVar[int] = 5  # ranks that are missing from this step, whatever the phase
+    DEADLINE: ClassVar[int] = 6  # + phase; 0 until somebody has to wait
+    VERDICT: ClassVar[int] = 9  # + phase; 0 unless a deadline came near
+    HANDLE_WORDS: ClassVar[int] = 16
+
+    # Words of a header.
+    HEADER_STEP: ClassVar[int] = 0
+    HEADER_EPOCH: ClassVar[int] = 1
+    HEADER_INCARNATION: ClassVar[int] = 2
+    HEADER_TOKENS: ClassVar[int] = 3
+    HEADER_BITS: ClassVar[int] = 4
+    HEADER_WORDS: ClassVar[int] = 8
+
+    # Words of `report`, for the host.
+    BAD_INPUT: ClassVar[int] = 0  # NO_BAD_INPUT, or the first wrong input: see `moe_a2a.gpu.report`
+    LOST: ClassVar[int] = 1  # ranks that were ever missing
+    REPORT_WORDS: ClassVar[int] = 2
+
+    #: Bits of a table word that hold the local expert.
+    EXPERT_BITS: ClassVar[int] = 10
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.R <= MAX_RANKS:
+            raise ConfigError(f"{self.R} ranks in one domain; allowed are 1 to {MAX_RANKS}")
+        if self.M > MAX_TOKENS:
+            raise ConfigError(f"max_tokens_per_rank={self.M}; GPU ranks allow 1 to {MAX_TOKENS}")
+
+    @staticmethod
+    def of(config: Config, ranks: int, fp8_only: bool = False) -> Layout:
+        """The layout of a group. Raises ConfigError."""
+        config.local_experts(ranks)
+        return Layout(
+            ranks,
+            config.num_experts,
+            config.hidden_size,
+            config.top_k,
+            config.max_tokens_per_rank,
+            config.dtype.itemsize,
+            fp8_only,
+        )
+
+    @cached_property
+    def E_L(self) -> int:
+        """Experts of one rank."""
+        return self.E // self.R
+
+    @cached_property
+    def G(self) -> int:
+        """Scales of a row."""
+        return self.H // GROUP
+
+    @cached_property
+    def CAP(self) -> int:
+        """Rows of an expert's block in the masked layout."""
+        return self.R * self.M
+
+    @cached_property
+    def R_PAD(self) -> int:
+        return power_of_two_at_least(self.R)
+
+    @cached_property
+    def K_PAD(self) -> int:
+        return power_of_two_at_least(self.K)
+
+    @cached_property
+    def row_stride(self) -> int:
+        """Bytes from one dispatched row to the next: a plain row, or an FP8 row with its scales, whichever is longer."""
+        fp8 = self.H + 4 * self.G
+        return _round_up(fp8 if self.fp8_only else max(fp8, self.sum_stride), 16)
+
+    @cached_property
+    def sum_stride(self) -> int:
+        return self.H * self.itemsize
+
+    @cached_property
+    def _areas(self) -> tuple[int, ...]:
+        """Starts of flags, headers, counts, table, weights, rows and sums, and the end."""
+        slots = self.R * self.M
+        sizes = [
+            8 * self.PHASES * self.R,
+            8 * self.HEADER_WORDS * self.R,
+            4 * self.R * self.E_L,
+            4 * slots * self.K,
+            4 * slots * self.K,
+            slots * self.row_stride,
+            slots * self.sum_stride,
+        ]
+        starts = [0]
+        for size in sizes:
+            starts.append(_round_up(starts[-1] + size, _LINE))
+        return tuple(starts)
+
+    @cached_property
+    def flags(self) -> int:
+        return self._areas[0]
+
+    @cached_property
+    def headers(self) -> int:
+        return self._areas[1]
+
+    @cached_property
+    def counts(self) -> int:
+        return self._areas[2]
+
+    @cached_property
+    def table(self) -> int:
+        return self._areas[3]
+
+    @cached_property
+    def weights(self) -> int:
+        return self._areas[4]
+
+    @cached_property
+    def rows(self) -> int:
+        return self._areas[5]
+
+    @cached_property
+    def sums(self) -> int:
+        return self._areas[6]
+
+    @cached_property
+    def parity_bytes(self) -> int:
+        """Bytes of one parity."""
+        return self._areas[7]
+
+    @cached_property
+    def region_bytes(self) -> int:
+        """Bytes of the symmetric region of one rank and channel."""
+        return SLOTS * self.parity_bytes
+
+    @cached_property
+    def _text(self) -> str:
+        fields = (self.R, self.E, self.H, self.K, self.M, self.itemsize, int(self.fp8_only))
+        return "Layout_" + "_".join(map(str, fields))
+
+    def __repr__(self) -> str:
+        # Triton keys its caches on this at every launch, so it is short, made once, and legal in a symbol's name.
+        return self._text

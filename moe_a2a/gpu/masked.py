@@ -1,0 +1,306 @@
+"""The masked path of one GPU rank: its buffers, and the launches of dispatch and combine. Nothing here synchronises."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from moe_a2a.config import Config
+from moe_a2a.errors import HandleError, InputError, RankLost
+from moe_a2a.fp8 import FP8, ScaleFormat, scale_columns
+from moe_a2a.gpu import inputs
+from moe_a2a.gpu.handle import GpuHandle, Slot
+from moe_a2a.gpu.layout import SLOTS, Layout
+from moe_a2a.gpu.report import NO_BAD_INPUT, describe_bad_input, ranks_of
+from moe_a2a.kernels.combine_recv import combine_recv
+from moe_a2a.kernels.combine_send import combine_send
+from moe_a2a.kernels.dispatch_recv import dispatch_recv
+from moe_a2a.kernels.dispatch_send import (
+    COPY,
+    GIVEN,
+    GIVEN_POW2,
+    QUANTISE,
+    QUANTISE_POW2,
+    dispatch_send,
+    header_bits,
+)
+from moe_a2a.kernels.weights_push import weights_push
+from moe_a2a.step import Phase
+from moe_a2a.types import Handle, Masked
+
+_NEVER = 1 << 62
+
+
+@dataclass
+class _Channel:
+    """A channel's symmetric memory and what this rank keeps beside it. calls: dispatches that the host has launched."""
+
+    region: torch.Tensor
+    peers: torch.Tensor
+    live: torch.Tensor
+    slots: list[Slot]
+    calls: int = 0
+    open: list[GpuHandle] = field(default_factory=list)
+    outputs: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
+
+
+class MaskedRank:
+    """One rank's masked dispatch and combine. `regions[channel]`: uint8 [region_bytes], zeros before any rank's first
+    step; `addresses[channel]`: where this rank's device finds every rank's region.
+
+    alive: int64 [1] that the device reads while it waits and the host may write: a bit for each rank that lives.
+    processors: SMs of the device (any number in the interpreter). timeout_s: budget of every wait.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        layout: Layout,
+        rank: int,
+        regions: Sequence[torch.Tensor],
+        addresses: Sequence[Sequence[int]],
+        alive: torch.Tensor,
+        processors: int,
+        timeout_s: float,
+    ) -> None:
+        self.config, self.layout, self.rank = config, layout, rank
+        self.device = regions[0].device
+        self._alive, self._processors = alive, processors
+        words = [0] * layout.CONTROL_WORDS
+        words[layout.EPOCH], words[layout.INCARNATION] = 1, 1
+        words[layout.MASK], words[layout.NEXT_STEP] = (1 << layout.R) - 1, _NEVER
+        words[layout.BUDGET_NS] = int(timeout_s * 1e9)
+        self.control = self._words(words)
+        self.report = self._words([NO_BAD_INPUT, 0])
+        self._channels = [
+            _Channel(
+                region, self._words(list(peers)), self._words([0] * layout.LIVE_WORDS), [self._slot(), self._slot()]
+            )
+            for region, peers in zip(regions, addresses, strict=True)
+        ]
+
+    def _words(self, values: list[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self.device)
+
+    def _slot(self) -> Slot:
+        hits = torch.zeros(self.layout.M, dtype=torch.int64, device=self.device)
+        places = torch.full((self.layout.CAP, self.layout.K), -1, dtype=torch.int32, device=self.device)
+        return Slot(self._words([0] * self.layout.HANDLE_WORDS), hits, places)
+
+    # dispatch
+
+    def dispatch_send(
+        self,
+        x: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor | None = None,
+        *,
+        scales: torch.Tensor | None = None,
+        fp8: ScaleFormat | None = None,
+        channel: str | None = None,
+    ) -> GpuHandle:
+        """Launch the sending half of a step. Arguments as `AllToAll.dispatch_send`, on this rank's device; they must
+        stay unchanged until the launch has run. Wrong ids are reported by `check`. Raises InputError, HandleError."""
+        rows = inputs.check_tokens(self.config, x, fp8, self.device)
+        given = inputs.check_scales(self.config, rows, scales, self.device)
+        tokens, top_k = rows.shape[0], self.config.top_k
+        ids = inputs.check_tensor("topk_ids", topk_ids, (tokens, top_k), (torch.int32, torch.int64), self.device)
+        weights = self._weights(topk_weights, tokens)
+        if given is not None:
+            fp8 = fp8 or "fp32"
+            mode = GIVEN if fp8 == "fp32" else GIVEN_POW2
+        else:
+            mode = COPY if fp8 is None else QUANTISE if fp8 == "fp32" else QUANTISE_POW2
+        if mode == COPY and self.layout.fp8_only:
+            raise InputError("this group's buffers hold FP8 rows only; give fp8='fp32', 'pow2' or 'ue8m0'")
+        state = self._channels[self._index(channel)]
+        self._check_free(state)
+        state.calls += 1
+        slot = state.slots[state.calls % SLOTS]
+        dispatch_send(
+            self.layout,
+            self.rank,
+            rows,
+            ids,
+            weights,
+            given,
+            mode,
+            peers=state.peers,
+            control=self.control,
+            live=state.live,
+            handle=slot.handle,
+            hits=slot.hits,
+            report=self.report,
+        )
+        bits = header_bits(mode, weights is not None)
+        name = channel or self.config.channels[0]
+        handle = GpuHandle(self, name, state.calls, slot, tokens, bits, fp8, weights is not None)
+        state.open.append(handle)
+        return handle
+
+    def dispatch_recv(self, handle: Handle, *, out: torch.Tensor | None = None) -> Masked:
+        """Launch the receiving half. out: storage for x, [E_l, R*M, H]. Raises InputError, HandleError."""
+        mine, state = self._step(handle, Phase.SENT)
+        layout = self.layout
+        dtype = self.config.dtype if mine._fp8 is None else FP8
+        shape = (layout.E_L, layout.CAP, layout.H)
+        if out is None:
+            x = self._output(state, mine, "x", shape, dtype)
+        else:
+            x = inputs.check_tensor("out", out, shape, (dtype,), self.device)
+        counts = self._output(state, mine, "counts", (layout.E_L,), torch.int32)
+        source = self._output(state, mine, "source", (layout.E_L, layout.CAP), torch.int32)
+        scales = None
+        if mine._fp8 is not None:
+            width, form = scale_columns(layout.H, mine._fp8)
+            scales = self._output(state, mine, "scales", (layout.E_L, width, layout.CAP), form)
+        dispatch_recv(
+            layout,
+            self.rank,
+            x,
+            scales,
+            counts,
+            source,
+            mine.bits,
+            region=state.region,
+            control=self.control,
+            alive=self._alive,
+            handle=mine.slot.handle,
+            places=mine.slot.places,
+            report=self.report,
+            processors=self._processors,
+        )
+        mine.phase = Phase.RECEIVED
+        return Masked(x, counts, source, None if scales is None else scales.transpose(1, 2), mine)
+
+    # combine
+
+    def weights_push(self, handle: Handle, topk_weights: torch.Tensor) -> None:
+        """Launch the hop that brings weights to the tokens' ranks, if they did not go with the dispatch. All ranks push
+        before any rank's `combine_send` can end. Raises InputError, HandleError."""
+        mine, state = self._step(handle, Phase.RECEIVED)
+        if mine.has_weights:
+            raise InputError("topk_weights were given at dispatch; give them once, there or here")
+        weights = self._weights(topk_weights, mine.tokens)
+        assert weights is not None
+        weights_push(
+            self.layout,
+            self.rank,
+            weights,
+            peers=state.peers,
+            live=state.live,
+            handle=mine.slot.handle,
+            hits=mine.slot.hits,
+        )
+        mine.pushed = True
+
+    def combine_send(self, y: torch.Tensor, handle: Handle) -> None:
+        """Launch the reduction of the experts' outputs and the way back. y: [E_l, R*M, H] of config.dtype. Raises
+        InputError, HandleError."""
+        mine, state = self._step(handle, Phase.RECEIVED)
+        layout = self.layout
+        shape = (layout.E_L, layout.CAP, layout.H)
+        rows = inputs.check_tensor("y", y, shape, (self.config.dtype,), self.device)
+        if not (mine.has_weights or mine.pushed):
+            raise InputError("topk_weights were not given at dispatch; give them here, fp32 [T, K]")
+        combine_send(
+            layout,
+            self.rank,
+            rows,
+            not mine.has_weights,
+            region=state.region,
+            peers=state.peers,
+            control=self.control,
+            alive=self._alive,
+            live=state.live,
+            handle=mine.slot.handle,
+            places=mine.slot.places,
+            report=self.report,
+            processors=self._processors,
+        )
+        mine.phase = Phase.COMBINING
+
+    def combine_recv(self, handle: Handle, *, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Launch the sum over ranks; ends the step. Returns [T, H] of config.dtype, in `out` if given. Raises
+        InputError, HandleError."""
+        mine, state = self._step(handle, Phase.COMBINING)
+        shape = (mine.tokens, self.layout.H)
+        if out is None:
+            result = torch.empty(shape, dtype=self.config.dtype, device=self.device)
+        else:
+            result = inputs.check_tensor("out", out, shape, (self.config.dtype,), self.device)
+        combine_recv(
+            self.layout,
+            result,
+            region=state.region,
+            control=self.control,
+            alive=self._alive,
+            handle=mine.slot.handle,
+            hits=mine.slot.hits,
+            report=self.report,
+            processors=self._processors,
+        )
+        mine.phase = Phase.DONE
+        state.open.remove(mine)
+        return result
+
+    # what went wrong
+
+    def missing(self, handle: Handle) -> list[int]:
+        """Ranks that were missing from a step so far: masked, dead, too slow, or unable to receive this rank's rows.
+        Waits for the device. Empty for a good step."""
+        if not isinstance(handle, GpuHandle) or handle._owner is not self:
+            raise HandleError("this handle belongs to another rank; use it with the object that made it")
+        return ranks_of(int(handle.slot.handle[self.layout.MISSING].item()))
+
+    def check(self) -> None:
+        """Raise what kernels have reported since the last call: InputError for wrong ids or scales, RankLost for ranks
+        that were missing. Waits for the device."""
+        bad, lost = self.report.tolist()
+        self.report.copy_(self._words([NO_BAD_INPUT, 0]))
+        if bad != NO_BAD_INPUT:
+            raise InputError(f"rank {self.rank}: {describe_bad_input(bad, self.layout)}")
+        if lost:
+            names = ranks_of(lost)
+            raise RankLost(f"rank {self.rank}: ranks {names} were missing from a step; its result lacks them", names)
+
+    # helpers
+
+    def _index(self, name: str | None) -> int:
+        if name is None:
+            return 0
+        if name not in self.config.channels:
+            raise InputError(f"channel={name!r}; this object has {', '.join(map(repr, self.config.channels))}")
+        return self.config.channels.index(name)
+
+    def _check_free(self, state: _Channel) -> None:
+        if len(state.open) >= SLOTS or any(handle.call == state.calls - 1 for handle in state.open):
+            raise HandleError(
+                f"{state.open[0]} is still open, and its buffers are those of the next step; "
+                "combine it before dispatching again, or use another channel"
+            )
+
+    def _step(self, handle: Handle, needed: Phase) -> tuple[GpuHandle, _Channel]:
+        if not isinstance(handle, GpuHandle):
+            raise HandleError(f"handle is a {type(handle).__name__}; give the handle of a dispatch")
+        if handle._owner is not self:
+            raise HandleError("this handle belongs to another rank; use it with the object that made it")
+        if handle.phase is not needed:
+            raise HandleError(f"{handle!r}; this call needs a step that is {needed.value}")
+        return handle, self._channels[self.config.channels.index(handle.channel)]
+
+    def _weights(self, weights: torch.Tensor | None, tokens: int) -> torch.Tensor | None:
+        if weights is None:
+            return None
+        return inputs.check_tensor("topk_weights", weights, (tokens, self.config.top_k), (torch.float32,), self.device)
+
+    def _output(
+        self, state: _Channel, handle: GpuHandle, name: str, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Storage of a result, the same one at every second dispatch of the channel."""
+        key = (handle.call % SLOTS, f"{name} {dtype}")
+        if key not in state.outputs:
+            state.outputs[key] = torch.empty(shape, dtype=dtype, device=self.device)
+        return state.outputs[key]

@@ -1,0 +1,180 @@
+"""Virtual ranks: a whole EP group in one process on one device, to try dispatch and combine without a second GPU.
+
+group = VirtualGroup(config, ranks=4, device="cuda")
+got = group.dispatch(x, topk_ids, topk_weights)                   # lists: one entry a rank
+out = group.combine([experts(d.x, d.counts) for d in got], [d.handle for d in got])
+
+The kernels, buffers and flags are those of real GPU ranks. Every rank's send is launched before any rank's receive, on
+one stream, so that no wait lasts. With device="cpu" the kernels run in Triton's interpreter: slow, for tests and for
+stepping through them in a debugger.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from moe_a2a.config import Config
+from moe_a2a.errors import ConfigError, InputError
+from moe_a2a.fp8 import ScaleFormat
+from moe_a2a.gpu.layout import Layout
+from moe_a2a.types import Handle, Masked
+
+if TYPE_CHECKING:
+    from moe_a2a.gpu.masked import MaskedRank
+
+_INTERPRETER_PROCESSORS = 1  # "SMs" of the interpreter: programs that loop over items are fewer, and so launch faster
+
+
+class VirtualGroup:
+    """R ranks of one domain in one process.
+
+    config: as for `AllToAll`. ranks: R. device: "cuda", "cuda:1", or "cpu" (Triton's interpreter; nothing may have
+    imported Triton before, unless TRITON_INTERPRET=1 was set). timeout_s: budget of every wait; fp8_only: smaller
+    buffers, for dispatches in FP8 only. `ranks` holds the ranks, to drive them one by one.
+
+    Raises ConfigError.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        ranks: int,
+        device: str | torch.device = "cuda",
+        *,
+        timeout_s: float = 10.0,
+        fp8_only: bool = False,
+    ) -> None:
+        self.config, self.device = config, _device(device)
+        self.layout = Layout.of(config, ranks, fp8_only)
+        self._regions = [
+            torch.zeros(ranks, self.layout.region_bytes, dtype=torch.uint8, device=self.device) for _ in config.channels
+        ]
+        on_gpu = self.device.type == "cuda"
+        processors = _INTERPRETER_PROCESSORS
+        if on_gpu:
+            processors = torch.cuda.get_device_properties(self.device).multi_processor_count
+        from moe_a2a.gpu.masked import MaskedRank  # needs Triton, in the mode that _device has chosen
+
+        #: int64 [1], a bit for each rank that lives; waits for a rank without its bit end at once.
+        self.alive = torch.full((1,), (1 << ranks) - 1, dtype=torch.int64, pin_memory=on_gpu)
+        addresses = [[row.data_ptr() for row in region] for region in self._regions]
+        self.ranks: list[MaskedRank] = [
+            MaskedRank(
+                config,
+                self.layout,
+                rank,
+                [region[rank] for region in self._regions],
+                addresses,
+                self.alive,
+                processors,
+                timeout_s,
+            )
+            for rank in range(ranks)
+        ]
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes of the communication buffers of one rank, all channels."""
+        return self.layout.region_bytes * len(self.config.channels)
+
+    def dispatch(
+        self,
+        x: Sequence[torch.Tensor],
+        topk_ids: Sequence[torch.Tensor],
+        topk_weights: Sequence[torch.Tensor] | None = None,
+        *,
+        scales: Sequence[torch.Tensor] | None = None,
+        fp8: ScaleFormat | None = None,
+        channel: str | None = None,
+        out: Sequence[torch.Tensor] | None = None,
+    ) -> list[Masked]:
+        """`AllToAll.dispatch` of every rank, masked layout. Raises InputError, HandleError."""
+        handles = self.dispatch_send(x, topk_ids, topk_weights, scales=scales, fp8=fp8, channel=channel)
+        return self.dispatch_recv(handles, out=out)
+
+    def dispatch_send(
+        self,
+        x: Sequence[torch.Tensor],
+        topk_ids: Sequence[torch.Tensor],
+        topk_weights: Sequence[torch.Tensor] | None = None,
+        *,
+        scales: Sequence[torch.Tensor] | None = None,
+        fp8: ScaleFormat | None = None,
+        channel: str | None = None,
+    ) -> Sequence[Handle]:
+        """The sending halves. Raises InputError, HandleError."""
+        return [
+            rank.dispatch_send(rows, ids, weights, scales=row_scales, fp8=fp8, channel=channel)
+            for rank, rows, ids, weights, row_scales in zip(
+                self.ranks,
+                self._each("x", x),
+                self._each("topk_ids", topk_ids),
+                self._each("topk_weights", topk_weights),
+                self._each("scales", scales),
+                strict=True,
+            )
+        ]
+
+    def dispatch_recv(self, handles: Sequence[Handle], *, out: Sequence[torch.Tensor] | None = None) -> list[Masked]:
+        """The receiving halves. Raises InputError, HandleError."""
+        outs = self._each("out", out)
+        return [r.dispatch_recv(h, out=o) for r, h, o in zip(self.ranks, handles, outs, strict=True)]
+
+    def combine(
+        self,
+        y: Sequence[torch.Tensor],
+        handles: Sequence[Handle],
+        topk_weights: Sequence[torch.Tensor] | None = None,
+        *,
+        out: Sequence[torch.Tensor] | None = None,
+    ) -> list[torch.Tensor]:
+        """`AllToAll.combine` of every rank. Raises InputError, HandleError."""
+        if topk_weights is not None:
+            for rank, handle, weights in zip(self.ranks, handles, topk_weights, strict=True):
+                rank.weights_push(handle, weights)
+        for rank, handle, rows in zip(self.ranks, handles, self._each("y", y), strict=True):
+            rank.combine_send(rows, handle)
+        outs = self._each("out", out)
+        return [r.combine_recv(h, out=o) for r, h, o in zip(self.ranks, handles, outs, strict=True)]
+
+    def check(self) -> None:
+        """Raise what the kernels of any rank have reported: InputError, RankLost. Waits for the device."""
+        for rank in self.ranks:
+            rank.check()
+
+    def _each(self, name: str, values: Sequence[torch.Tensor] | None) -> Sequence[torch.Tensor | None]:
+        if values is None:
+            return [None] * len(self.ranks)
+        if len(values) != len(self.ranks):
+            raise InputError(f"{name} has {len(values)} entries; give one for each of the {len(self.ranks)} ranks")
+        return values
+
+
+def _device(device: str | torch.device) -> torch.device:
+    """The device with its index; puts Triton into interpreter mode for a CPU."""
+    chosen = torch.device(device)
+    if chosen.type == "cpu":
+        if "triton" not in sys.modules:
+            os.environ["TRITON_INTERPRET"] = "1"
+        try:
+            import triton
+        except ImportError as error:
+            raise ConfigError(f"virtual ranks need Triton ({error}); pip install triton") from error
+        if not triton.knobs.runtime.interpret:
+            raise ConfigError(
+                "device='cpu' runs the kernels in Triton's interpreter, but Triton was imported to compile; set "
+                "TRITON_INTERPRET=1 before anything imports it"
+            )
+        return chosen
+    if chosen.type != "cuda":
+        raise ConfigError(f"device={str(device)!r}; allowed: 'cpu', 'cuda', 'cuda:0', ...")
+    if torch.version.hip is not None:
+        raise ConfigError("GPU ranks need an NVIDIA GPU: symmetric memory and FP8 here are CUDA's, not ROCm's")
+    if not torch.cuda.is_available():
+        raise ConfigError("device='cuda', but torch sees no GPU; use device='cpu' for Triton's interpreter")
+    return chosen if chosen.index is not None else torch.device("cuda", torch.cuda.current_device())
