@@ -1,45 +1,33 @@
-"""`AllToAll`: dispatch and combine for one EP group of CPU ranks."""
+"""`AllToAll`: dispatch and combine for one EP group, of CPU ranks or of GPU ranks."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Literal, TypeVar, overload
+from typing import Literal, overload
 
 import torch
 import torch.distributed as dist
 
 from moe_a2a import checks
+from moe_a2a.backend import Backend
 from moe_a2a.bootstrap import Bootstrap, GroupBootstrap, KeyValue, StoreBootstrap
-from moe_a2a.combine import reduce_partials, sum_contributions
 from moe_a2a.config import Config, Options
-from moe_a2a.errors import ConfigError, HandleError, InputError, MoeA2AError, RankLost
-from moe_a2a.fp8 import FP8, ScaleFormat, quantize
+from moe_a2a.cpu_backend import CpuBackend
+from moe_a2a.errors import ConfigError, InputError
+from moe_a2a.fp8 import ScaleFormat
 from moe_a2a.names import Names
-from moe_a2a.rendezvous import meet
-from moe_a2a.routing import rank_hits, receive
-from moe_a2a.step import Outgoing, Phase, RowFormat, Step
-from moe_a2a.transport.protocol import Transport
-from moe_a2a.transport.wait import wait_tasks
-from moe_a2a.transport.wire import FloatArray
 from moe_a2a.types import LAYOUTS, Contiguous, Dispatched, Grouped, Handle, Layout, Masked
-from moe_a2a.unpack import Unpacker
-
-_MOST_OPEN = 2  # one step for each parity of a channel's buffers
-_LAST_WORDS_S = 1.0  # after a failure, for reports to other hosts that are under way
-T = TypeVar("T")
-K = TypeVar("K")
-V = TypeVar("V")
 
 
 class AllToAll:
     """Expert-parallel dispatch and combine for the ranks of one group. Construction is collective.
 
     config: sizes, equal on every rank. group: a torch.distributed process group (None: the default group), used for
-    bootstrapping only; or store, rank and world_size: any key-value store with get, set and wait. options: see
-    `Options`.
+    bootstrapping only; or store, rank and world_size: any key-value store with get, set and wait. device: "cpu", or
+    "cuda" (the current one) or "cuda:1" for GPU ranks, which take and give tensors on that device, do not wait for it,
+    and may be captured in CUDA graphs. options: see `Options`.
 
     A step is `dispatch`, the caller's experts, `combine`; all ranks make the same steps of a channel in the same
     order. Each half can be split into send and receive, and up to two steps of a channel may be open. Not thread-safe:
@@ -55,6 +43,7 @@ class AllToAll:
         config: Config,
         group: dist.ProcessGroup | None = None,
         *,
+        device: str | torch.device = "cpu",
         store: KeyValue | None = None,
         rank: int | None = None,
         world_size: int | None = None,
@@ -62,26 +51,21 @@ class AllToAll:
     ) -> None:
         self.config = config
         self.options = options or Options()
-        self._broken: BaseException | None = None
-        self._closed = False
-        self._bootstrap = _bootstrap(config, group, store, rank, world_size)
-        self.rank, self.world_size = self._bootstrap.rank, self._bootstrap.world_size
-        Names.claim(self._bootstrap.identity, config.channels)
+        found = _bootstrap(config, group, store, rank, world_size)
+        self.rank, self.world_size = found.rank, found.world_size
+        Names.claim(found.identity, config.channels)
         try:
-            self._meeting = meet(config, self.options, self._bootstrap)
+            self._backend = _backend(config, self.options, found, device)
         except BaseException:
-            Names.release(self._bootstrap.identity, config.channels)
+            Names.release(found.identity, config.channels)
             raise
+        # Of the backend, not of this object: a handle, and so a result, keeps its backend and its memory alive.
         self._release = weakref.finalize(
-            self, _release, self._meeting.resources, self._bootstrap.identity, config.channels
+            self._backend, _release, self._backend.resources, found.identity, config.channels
         )
-        self._arena, self._transports = self._meeting.arena, self._meeting.transports
+        self.device, self.hosts = self._backend.device, self._backend.hosts
         self.local_experts = config.local_experts(self.world_size)
-        self.buffer_bytes = self._arena.layout.nbytes
-        self.hosts = self._meeting.hosts.ranks_of
-        self._unpacker = Unpacker(config, self.world_size, self.local_experts)
-        self._number = [0] * len(config.channels)
-        self._open: list[list[Step]] = [[] for _ in config.channels]
+        self.buffer_bytes = self._backend.buffer_bytes
 
     # dispatch
 
@@ -147,9 +131,7 @@ class AllToAll:
         `dispatch_recv`."""
         _check_layout(layout)
         checks.check_alignment(alignment)
-        if out is not None:
-            dtype = FP8 if fp8 is not None or (isinstance(x, torch.Tensor) and x.dtype == FP8) else self.config.dtype
-            self._unpacker.check_out(layout, out, dtype)
+        self._backend.check_dispatch(x, layout, fp8, out)
         handle = self.dispatch_send(x, topk_ids, topk_weights, scales=scales, fp8=fp8, channel=channel)
         try:
             return self.dispatch_recv(handle, layout=layout, alignment=alignment, out=out)
@@ -181,37 +163,7 @@ class AllToAll:
 
         Raises InputError, HandleError (two steps of the channel are open), RankLost (a peer cannot be written to).
         """
-        self._check_usable()
-        index = self._channel(channel)
-        tensor = checks.check_tokens(self.config, x, fp8)
-        tokens = tensor.shape[0]
-        ids = checks.check_ids(self.config, topk_ids, tokens)
-        weights = None if topk_weights is None else checks.check_weights(self.config, topk_weights, tokens)
-        rows, row_scales, fp8 = self._encode(tensor, scales, fp8)
-        if len(self._open[index]) >= _MOST_OPEN:
-            raise HandleError(
-                f"channel {self.config.channels[index]!r} has two open steps "
-                f"({', '.join(str(s.number) for s in self._open[index])}); "
-                "combine or discard one before dispatching again, or use another channel"
-            )
-        if any(s.number == self._number[index] - 1 for s in self._open[index]):
-            raise HandleError(
-                f"{self._open[index][0]} is still open, and its buffers are those of the next step; "
-                "combine or discard it before dispatching again, or use another channel"
-            )
-        row_format = RowFormat.PLAIN if fp8 is None else RowFormat.FP8 if fp8 == "fp32" else RowFormat.FP8_POW2
-        hits = rank_hits(ids, self.local_experts, self.world_size)
-        self._number[index] += 1
-        step = Step(
-            index,
-            self.config.channels[index],
-            self._number[index],
-            row_format,
-            Outgoing(rows, ids, weights, row_scales, hits),
-        )
-        self._open[index].append(step)
-        self._each(lambda transport: transport.send_dispatch(step))
-        return Handle(self, step, fp8)
+        return self._backend.dispatch_send(x, topk_ids, topk_weights, scales, fp8, channel)
 
     @torch.no_grad()
     def dispatch_recv(
@@ -223,23 +175,9 @@ class AllToAll:
         grouped layout are padded to this power of two. out: storage for x: [E_l, R*M, H] (masked), or [rows, H] with
         rows enough for what arrives. Raises InputError, HandleError, RankLost.
         """
-        step = self._step(handle, Phase.SENT)
         _check_layout(layout)
         checks.check_alignment(alignment)
-        if not step.arrivals:
-            self._receive(step)
-        first = self.rank * self.local_experts
-        received = receive(step.arrivals, first, self.local_experts, self.config.top_k)
-        table = self._arena.table(step.row_format)
-        result: Dispatched
-        if layout == "masked":
-            result = self._unpacker.masked(step, received, table, handle, handle._fp8, out)
-        elif layout == "contiguous":
-            result = self._unpacker.contiguous(step, received, table, handle, handle._fp8, out)
-        else:
-            result = self._unpacker.grouped(step, received, table, handle, handle._fp8, out, alignment)
-        step.received, step.layout, step.phase = received, layout, Phase.RECEIVED
-        return result
+        return self._backend.dispatch_recv(handle, layout, alignment, out)
 
     # combine
 
@@ -253,7 +191,7 @@ class AllToAll:
     ) -> torch.Tensor:
         """Send the experts' outputs back and sum them. `combine_send`, then `combine_recv`."""
         if out is not None:
-            self._check_sum_out(handle, out)
+            self._backend.check_combine(handle, out)
         self.combine_send(y, handle, topk_weights)
         return self.combine_recv(handle, out=out)
 
@@ -267,24 +205,7 @@ class AllToAll:
             layouts). They are sent to the tokens' ranks first, and this call waits for the other ranks' weights.
         Raises InputError, HandleError, RankLost.
         """
-        step = self._step(handle, Phase.RECEIVED)
-        assert step.received is not None
-        checks.check_matrix("y", y, self._expected_output(step), (self.config.dtype,))
-        weights = self._combine_weights(step, topk_weights)
-        step.phase = Phase.COMBINING
-        if weights is not None:
-            self._each(lambda transport: transport.send_weights(step, weights))
-            arrived = _merged(self._each(lambda transport: transport.recv_weights(step)))
-        elif step.has_weights:
-            arrived = {a.rank: a.weights for a in step.arrivals if a.weights is not None}
-        else:
-            arrived = {}
-
-        def reduce_and_send(transport: Transport) -> None:
-            reduce_partials(self._arena, step, y, arrived, transport.sources)
-            transport.send_combine(step, False)
-
-        self._each(reduce_and_send)
+        self._backend.combine_send(y, handle, topk_weights)
 
     @torch.no_grad()
     def combine_recv(self, handle: Handle, *, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -292,36 +213,26 @@ class AllToAll:
 
         A token without experts gives zeros. Raises InputError, HandleError, RankLost.
         """
-        step = self._step(handle, Phase.COMBINING)
-        if out is not None:
-            self._check_sum_out(handle, out)
-        result = (
-            out if out is not None else torch.empty((step.tokens, self.config.hidden_size), dtype=self.config.dtype)
-        )
-        sums = _merged(self._each(lambda transport: transport.recv_combine(step)))
-        sum_contributions(self._arena, [sums[order] for order in sorted(sums)], result)
-        self._finish(step)
-        return result
+        return self._backend.combine_recv(handle, out)
 
     def discard(self, handle: Handle) -> None:
         """End a step without a combine. Collective: every rank discards the step. Raises HandleError, RankLost."""
-        step = self._step(handle, Phase.SENT, Phase.RECEIVED)
-        if not step.arrivals:
-            self._receive(step)
-        step.phase = Phase.COMBINING
-        self._each(lambda transport: transport.send_combine(step, True))
-        self._each(lambda transport: transport.recv_combine(step, True))
-        self._finish(step)
+        self._backend.discard(handle)
 
     # life
+
+    def check(self) -> None:
+        """Raise what has gone wrong and was not raised yet: RankLost, or InputError for a wrong id of an earlier step.
+
+        GPU ranks: waits for all work queued on the device, also of replayed graphs; no other call does. CPU ranks:
+        every call has raised what there was to raise.
+        """
+        self._backend.check()
 
     def close(self) -> None:
         """Release memory, threads and descriptors. Not collective; results must not be used afterwards. May be called
         twice."""
-        if self._closed:
-            return
-        self._closed = True
-        self._unpacker.close()
+        self._backend.close()
         self._release()
 
     def __enter__(self) -> AllToAll:
@@ -332,109 +243,6 @@ class AllToAll:
     ) -> None:
         self.close()
 
-    # helpers
-
-    def _check_usable(self) -> None:
-        if self._closed:
-            raise HandleError("this AllToAll is closed; build a new one")
-        if self._broken is not None:
-            raise HandleError(
-                f"this AllToAll failed and cannot be used further ({self._broken}); close it and build a new group"
-            )
-
-    def _channel(self, name: str | None) -> int:
-        if name is None:
-            return 0
-        if name not in self.config.channels:
-            raise InputError(f"channel={name!r}; this object has {', '.join(map(repr, self.config.channels))}")
-        return self.config.channels.index(name)
-
-    def _step(self, handle: Handle, *allowed: Phase) -> Step:
-        self._check_usable()
-        if not isinstance(handle, Handle):
-            raise HandleError(f"handle is a {type(handle).__name__}; give the handle of a dispatch")
-        if handle._owner is not self:
-            raise HandleError("this handle belongs to another AllToAll; use it with the object that made it")
-        step = handle._step
-        if step.phase not in allowed:
-            needed = " or ".join(phase.value for phase in allowed)
-            raise HandleError(f"{step} is {step.phase.value}; this call needs a step that is {needed}")
-        return step
-
-    def _each(self, move: Callable[[Transport], T]) -> list[T]:
-        """Make a move with every transport. If it fails, the step is lost: the object is broken and the host's ranks
-        are told why."""
-        try:
-            return [move(transport) for transport in self._transports]
-        except MoeA2AError as error:
-            self._break(error)
-            raise
-
-    def _receive(self, step: Step) -> None:
-        arrivals = [a for part in self._each(lambda transport: transport.recv_dispatch(step)) for a in part]
-        step.arrivals = sorted(arrivals, key=lambda arrival: arrival.rank)
-
-    def _break(self, error: MoeA2AError) -> None:
-        self._broken = error
-        if isinstance(error, RankLost) and error.ranks:
-            self._arena.memory.set_fault(error.ranks[0])
-        if self._meeting.progress is not None:
-            self._meeting.progress.settle(_LAST_WORDS_S)
-
-    def _finish(self, step: Step) -> None:
-        # The rail peer's sums for others are this rank's duty too: the step has not ended before they are delivered.
-        if step.tasks:
-            sources = [a.rank for a in step.arrivals if a.rank not in self._arena.peers]
-            try:
-                wait_tasks(step.tasks, self.options.timeout_s, self._meeting.watch, f"combine of {step}", sources)
-            except MoeA2AError as error:
-                self._break(error)
-                raise
-        step.phase = Phase.DONE
-        self._open[step.channel].remove(step)
-
-    def _encode(
-        self, x: torch.Tensor, scales: torch.Tensor | None, fp8: ScaleFormat | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None, ScaleFormat | None]:
-        """(rows to send, their scales, form in which scales are handed out)."""
-        if x.dtype == FP8:
-            if scales is None:
-                raise InputError("x is float8_e4m3fn but scales is None; give fp32 scales [T, H/128]")
-            fp8 = fp8 or "fp32"
-            return x.view(torch.uint8), checks.check_scales(self.config, scales, x.shape[0], fp8), fp8
-        if scales is not None:
-            raise InputError(
-                f"scales belong to an x that is float8_e4m3fn; x is {x.dtype}: leave scales out, and give fp8= to "
-                f"quantise"
-            )
-        if fp8 is None:
-            return x.detach(), None, None
-        q, made = quantize(x.detach(), power_of_two=fp8 != "fp32")
-        checks.check_finite_scales(made, "x")
-        return q.view(torch.uint8), made, fp8
-
-    def _expected_output(self, step: Step) -> tuple[int, ...]:
-        if step.layout == "masked":
-            return (self.local_experts, self.world_size * self.config.max_tokens_per_rank, self.config.hidden_size)
-        return (step.output_rows, self.config.hidden_size)
-
-    def _combine_weights(self, step: Step, topk_weights: torch.Tensor | None) -> FloatArray | None:
-        if step.layout == "contiguous":
-            if topk_weights is not None:
-                raise InputError(
-                    "the contiguous layout combines rows that carry their weights already; leave topk_weights out"
-                )
-            return None
-        if step.has_weights and topk_weights is not None:
-            raise InputError("topk_weights were given at dispatch; give them once, there or here")
-        if not step.has_weights and topk_weights is None:
-            raise InputError("topk_weights were not given at dispatch; give them here, fp32 [T, K]")
-        return None if topk_weights is None else checks.check_weights(self.config, topk_weights, step.tokens)
-
-    def _check_sum_out(self, handle: Handle, out: torch.Tensor) -> None:
-        step = self._step(handle, Phase.RECEIVED, Phase.COMBINING)
-        checks.check_matrix("out", out, (step.tokens, self.config.hidden_size), (self.config.dtype,))
-
 
 def _release(resources: ExitStack, identity: object, channels: tuple[str, ...]) -> None:
     """What `close` does, also for an object that is dropped without it and at the end of the process."""
@@ -442,13 +250,23 @@ def _release(resources: ExitStack, identity: object, channels: tuple[str, ...]) 
     Names.release(identity, channels)
 
 
-def _merged(parts: list[dict[K, V]]) -> dict[K, V]:
-    return {key: value for part in parts for key, value in part.items()}
-
-
 def _check_layout(layout: str) -> None:
     if layout not in LAYOUTS:
         raise InputError(f"layout={layout!r}; allowed: {', '.join(map(repr, LAYOUTS))}")
+
+
+def _backend(config: Config, options: Options, bootstrap: Bootstrap, device: str | torch.device) -> Backend:
+    try:
+        chosen = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(f"device={device!r}; allowed: 'cpu', 'cuda', 'cuda:0', ...") from error
+    if chosen.type == "cpu":
+        return CpuBackend(config, options, bootstrap)
+    if chosen.type == "cuda":
+        from moe_a2a.gpu.backend import GpuBackend  # needs CUDA's packages
+
+        return GpuBackend(config, options, bootstrap, chosen)
+    raise ConfigError(f"device={str(device)!r}; allowed: 'cpu', 'cuda', 'cuda:0', ...")
 
 
 def _bootstrap(

@@ -113,6 +113,7 @@ class Options:
     host_address: address or name under which other hosts reach this rank's engine. None: environment variable
         MOE_A2A_HOST_ADDRESS if set, 127.0.0.1 if all ranks are on one machine and in one network namespace, else this
         machine's own address.
+    fp8_only: GPU ranks only, equal on every rank: dispatches carry FP8 rows and nothing else, in smaller buffers.
 
     Raises ConfigError.
     """
@@ -123,6 +124,7 @@ class Options:
     device_filter: str = ""
     metadata_server: str = "P2PHANDSHAKE"
     host_address: str | None = None
+    fp8_only: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.timeout_s, (int, float)) or not math.isfinite(self.timeout_s) or self.timeout_s <= 0:
@@ -130,7 +132,9 @@ class Options:
         for name in ("protocol", "metadata_server"):
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
                 raise ConfigError(f"{name}={getattr(self, name)!r}; give a non-empty string")
+        if not isinstance(self.fp8_only, bool):
+            raise ConfigError(f"fp8_only={self.fp8_only!r}; give True or False")
 
     def as_json(self) -> dict[str, Any]:
         """The fields that must be equal on every rank."""
-        return {name: getattr(self, name) for name in ("timeout_s", "protocol", "metadata_server")}
+        return {name: getattr(self, name) for name in ("timeout_s", "protocol", "metadata_server", "fp8_only")}

@@ -50,7 +50,7 @@ class Meeting:
     resources: ExitStack
 
 
-class _Rounds:
+class Rounds:
     """Exchanges in which a failure on one rank is raised on all."""
 
     def __init__(self, bootstrap: Bootstrap, timeout_s: float) -> None:
@@ -85,6 +85,33 @@ class _Rounds:
         return result, [answer["value"] for answer in answers]  # type: ignore[return-value]
 
 
+def introduce(
+    rounds: Rounds, config: Config, options: Options, world: int, device: str, check: Callable[[], object]
+) -> list[dict[str, Any]]:
+    """The first round: everyone says what it was given. Returns what each rank said, once all of it fits together.
+
+    device: "cpu" or "cuda". check: raises what speaks against this machine. Raises ConfigError on all ranks alike.
+    """
+
+    def hello() -> dict[str, Any]:
+        check()
+        config.local_experts(world)
+        return {
+            "version": _FORMAT_VERSION,
+            "device": {"device": device},
+            "config": config.as_json(),
+            "options": options.as_json(),
+            "host": own_label(options.host),
+            "machine": machine_id(),
+            "network": own_network(),
+            "incarnation": secrets.randbits(63),
+        }
+
+    _, hellos = rounds.run(hello, lambda said: said)
+    _compare(hellos)
+    return hellos
+
+
 def meet(config: Config, options: Options, bootstrap: Bootstrap) -> Meeting:
     """Build the group. Collective. Raises ConfigError, EngineError or RankLost, on all ranks alike."""
     with ExitStack() as stack:
@@ -94,24 +121,10 @@ def meet(config: Config, options: Options, bootstrap: Bootstrap) -> Meeting:
 
 
 def _meet(config: Config, options: Options, bootstrap: Bootstrap, stack: ExitStack) -> Meeting:
-    rounds = _Rounds(bootstrap, options.timeout_s)
+    rounds = Rounds(bootstrap, options.timeout_s)
     rank, world = bootstrap.rank, bootstrap.world_size
 
-    def introduce() -> dict[str, Any]:
-        check_platform()
-        config.local_experts(world)
-        return {
-            "version": _FORMAT_VERSION,
-            "config": config.as_json(),
-            "options": options.as_json(),
-            "host": own_label(options.host),
-            "machine": machine_id(),
-            "network": own_network(),
-            "incarnation": secrets.randbits(63),
-        }
-
-    _, hellos = rounds.run(introduce, lambda hello: hello)
-    _compare(hellos)
+    hellos = introduce(rounds, config, options, world, "cpu", check_platform)
     hosts = HostMap.from_labels([hello["host"] for hello in hellos])
     incarnations = {r: int(hello["incarnation"]) for r, hello in enumerate(hellos)}
     peers = hosts.peers(rank)
@@ -184,7 +197,7 @@ def _meet(config: Config, options: Options, bootstrap: Bootstrap, stack: ExitSta
 
 def _compare(hellos: Sequence[dict[str, Any]]) -> None:
     """Raise ConfigError naming the field and the ranks that differ from rank 0."""
-    for part in ("version", "config", "options"):
+    for part in ("version", "device", "config", "options"):
         for rank, hello in enumerate(hellos):
             if hello[part] == hellos[0][part]:
                 continue

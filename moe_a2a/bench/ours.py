@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from moe_a2a.all_to_all import AllToAll
+from moe_a2a.cpu_backend import CpuBackend
 from moe_a2a.fp8 import ScaleFormat, quantize
 from moe_a2a.routing import rank_hits
 from moe_a2a.step import Outgoing, RowFormat, Step
@@ -41,34 +41,34 @@ def outgoing(inputs: Inputs, fp8: ScaleFormat | None, experts: int, world: int) 
 
 
 class TransportOnly:
-    """Moves one case's rows through an AllToAll's transports without replicating or summing any.
+    """Moves one case's rows through a backend's transports without replicating or summing any.
 
     Inside a host the reductions of combine write where the rows are read, so that moving them is an announcement;
     between hosts rows are packed, written, announced, and written back.
     """
 
-    def __init__(self, a2a: AllToAll, inputs: Inputs, fp8: ScaleFormat | None) -> None:
-        self._a2a = a2a
-        self._outgoing, self._format = outgoing(inputs, fp8, a2a.local_experts, a2a.world_size)
+    def __init__(self, backend: CpuBackend, inputs: Inputs, fp8: ScaleFormat | None) -> None:
+        self._backend = backend
+        self._outgoing, self._format = outgoing(inputs, fp8, backend.local_experts, backend.world_size)
 
     def prepare(self) -> Step:
         """Open a step and publish its rows; nothing is announced or posted yet."""
-        a2a = self._a2a
-        a2a._number[0] += 1
-        step = Step(0, a2a.config.channels[0], a2a._number[0], self._format, self._outgoing)
-        a2a._open[0].append(step)
-        a2a._arena.publish(step)
+        backend = self._backend
+        backend._number[0] += 1
+        step = Step(0, backend.config.channels[0], backend._number[0], self._format, self._outgoing)
+        backend._open[0].append(step)
+        backend._arena.publish(step)
         return step
 
     def run(self, step: Step) -> Stamps:
         """Both directions of a step."""
-        a2a = self._a2a
+        backend = self._backend
         with self._no_sums():
-            a2a._each(lambda transport: transport.send_dispatch(step))
-            a2a._receive(step)
-            a2a._each(lambda transport: transport.send_combine(step, False))
-            a2a._each(lambda transport: transport.recv_combine(step))
-            a2a._finish(step)
+            backend._each(lambda transport: transport.send_dispatch(step))
+            backend._receive(step)
+            backend._each(lambda transport: transport.send_combine(step, False))
+            backend._each(lambda transport: transport.recv_combine(step))
+            backend._finish(step)
         traffic = step.traffic
         return Stamps(
             (traffic.dispatch_posted, traffic.dispatch_announced), (traffic.combine_posted, traffic.combine_announced)
@@ -76,7 +76,7 @@ class TransportOnly:
 
     @contextmanager
     def _no_sums(self) -> Iterator[None]:
-        rails = [t for t in self._a2a._transports if isinstance(t, RailTransport)]
+        rails = [t for t in self._backend._transports if isinstance(t, RailTransport)]
         for rail in rails:
             rail._sum_partials = lambda *_: None  # type: ignore[method-assign]
         try:
@@ -90,13 +90,13 @@ class RawEngine:
     """Raw Transfer Engine writes: as many bytes as a step's, between the same processes and places, announced to
     nobody."""
 
-    def __init__(self, a2a: AllToAll, inputs: Inputs, fp8: ScaleFormat | None) -> None:
+    def __init__(self, backend: CpuBackend, inputs: Inputs, fp8: ScaleFormat | None) -> None:
         self._format = RowFormat.PLAIN if fp8 is None else RowFormat.FP8
-        self._rail = next(t for t in a2a._transports if isinstance(t, RailTransport))
-        self._arena = a2a._arena
+        self._rail = next(t for t in backend._transports if isinstance(t, RailTransport))
+        self._arena = backend._arena
         ids = inputs.topk_ids.numpy().astype(np.int32)
-        hits = rank_hits(ids, a2a.local_experts, a2a.world_size)
-        hosts = a2a._meeting.hosts
+        hits = rank_hits(ids, backend.local_experts, backend.world_size)
+        hosts = backend._meeting.hosts
         self._there = {
             host: int(hits[:, list(hosts.ranks_of[host])].any(axis=1).sum())
             for host in hosts.remote_hosts(self._arena.host)

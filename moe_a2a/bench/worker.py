@@ -17,6 +17,7 @@ from moe_a2a.bench.gloo import GlooAllToAll
 from moe_a2a.bench.ours import RawEngine, TransportOnly
 from moe_a2a.bootstrap import GroupBootstrap
 from moe_a2a.config import Options
+from moe_a2a.cpu_backend import CpuBackend
 from moe_a2a.hosts import machine_id
 from moe_a2a.types import Contiguous, Grouped, Masked
 from moe_a2a.workload import Inputs
@@ -70,13 +71,15 @@ class _Runs:
         self, case: Case, a2a: AllToAll, inputs: Inputs, group: dist.ProcessGroup, baselines: tuple[str, ...]
     ) -> None:
         self._case, self._a2a, self._inputs, self._group = case, a2a, inputs, group
-        self._transport = TransportOnly(a2a, inputs, case.fp8)
+        backend = a2a._backend
+        assert isinstance(backend, CpuBackend)
+        self._transport = TransportOnly(backend, inputs, case.fp8)
         self._gloo = GlooAllToAll(a2a.config, group) if "gloo" in baselines else None
-        self._raw = RawEngine(a2a, inputs, case.fp8) if len(a2a.hosts) > 1 else None
+        self._raw = RawEngine(backend, inputs, case.fp8) if len(a2a.hosts) > 1 else None
         self._rows_of: dict[int, int] = {}
         if self._raw is not None:
             sent = GroupBootstrap(None).all_gather({str(h): n for h, n in self._raw.rows_sent.items()}, 60.0)
-            here = a2a._arena.host
+            here = backend._arena.host
             self._rows_of = {r: int(n[str(here)]) for r, n in enumerate(sent) if str(here) in n}
         self._out = torch.empty_like(inputs.x)
         self._y: torch.Tensor | None = None

@@ -1,0 +1,73 @@
+"""What stands behind `AllToAll`: one rank's dispatch and combine on one kind of device."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Protocol
+
+import torch
+
+from moe_a2a.errors import HandleError
+from moe_a2a.fp8 import ScaleFormat
+from moe_a2a.types import Dispatched, Handle, Layout
+
+
+class Backend(Protocol):
+    """`cpu_backend.CpuBackend` and `gpu.backend.GpuBackend`. Arguments and errors are those of `AllToAll`'s methods.
+
+    device: with an index for CUDA. hosts: the ranks of each host. buffer_bytes: of this rank's communication buffers.
+    resources: everything that outlives a call, closed when the AllToAll is closed, dropped, or the process ends.
+    """
+
+    device: torch.device
+    hosts: tuple[tuple[int, ...], ...]
+    buffer_bytes: int
+    resources: ExitStack
+
+    def check_dispatch(
+        self, x: torch.Tensor, layout: Layout, fp8: ScaleFormat | None, out: torch.Tensor | None
+    ) -> None:
+        """Refuse what can be refused before a whole dispatch sends anything: a layout, an `out`. Raises InputError."""
+
+    def dispatch_send(
+        self,
+        x: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor | None,
+        scales: torch.Tensor | None,
+        fp8: ScaleFormat | None,
+        channel: str | None,
+    ) -> Handle: ...
+
+    def dispatch_recv(self, handle: Handle, layout: Layout, alignment: int, out: torch.Tensor | None) -> Dispatched: ...
+
+    def check_combine(self, handle: Handle, out: torch.Tensor) -> None:
+        """Refuse an `out` of combine before anything is sent. Raises InputError, HandleError."""
+
+    def combine_send(self, y: torch.Tensor, handle: Handle, topk_weights: torch.Tensor | None) -> None: ...
+
+    def combine_recv(self, handle: Handle, out: torch.Tensor | None) -> torch.Tensor: ...
+
+    def discard(self, handle: Handle) -> None: ...
+
+    def check(self) -> None: ...
+
+    def close(self) -> None:
+        """Refuse every later call. `resources` are closed apart from this."""
+
+
+class Health:
+    """Whether a backend can still be used. broken: the error that ended it."""
+
+    def __init__(self) -> None:
+        self.closed = False
+        self.broken: BaseException | None = None
+
+    def check(self) -> None:
+        """Raises HandleError."""
+        if self.closed:
+            raise HandleError("this AllToAll is closed; build a new one")
+        if self.broken is not None:
+            raise HandleError(
+                f"this AllToAll failed and cannot be used further ({self.broken}); close it and build a new group"
+            )

@@ -1,0 +1,269 @@
+"""Dispatch and combine of one CPU rank: rows move through shared memory and the Transfer Engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from moe_a2a import checks
+from moe_a2a.backend import Health
+from moe_a2a.bootstrap import Bootstrap
+from moe_a2a.combine import reduce_partials, sum_contributions
+from moe_a2a.config import Config, Options
+from moe_a2a.errors import ConfigError, HandleError, InputError, MoeA2AError, RankLost
+from moe_a2a.fp8 import FP8, ScaleFormat, quantize
+from moe_a2a.rendezvous import meet
+from moe_a2a.routing import rank_hits, receive
+from moe_a2a.step import Outgoing, Phase, RowFormat, Step
+from moe_a2a.transport.protocol import Transport
+from moe_a2a.transport.wait import wait_tasks
+from moe_a2a.transport.wire import FloatArray
+from moe_a2a.types import Dispatched, Handle, Layout
+from moe_a2a.unpack import Unpacker
+
+_MOST_OPEN = 2  # one step for each parity of a channel's buffers
+_LAST_WORDS_S = 1.0  # after a failure, for reports to other hosts that are under way
+T = TypeVar("T")
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+class CpuBackend:
+    """A `Backend` for CPU ranks. Construction is collective. Raises ConfigError, EngineError, RankLost."""
+
+    def __init__(self, config: Config, options: Options, bootstrap: Bootstrap) -> None:
+        self.config, self.options, self.device = config, options, torch.device("cpu")
+        self.rank, self.world_size = bootstrap.rank, bootstrap.world_size
+        self._health = Health()
+        if options.fp8_only:
+            raise ConfigError("fp8_only=True makes the buffers of GPU ranks smaller; leave it out on CPU ranks")
+        self._meeting = meet(config, options, bootstrap)
+        self.resources = self._meeting.resources
+        self._arena, self._transports = self._meeting.arena, self._meeting.transports
+        self.local_experts = config.local_experts(self.world_size)
+        self.buffer_bytes = self._arena.layout.nbytes
+        self.hosts = self._meeting.hosts.ranks_of
+        self._unpacker = Unpacker(config, self.world_size, self.local_experts)
+        self._number = [0] * len(config.channels)
+        self._open: list[list[Step]] = [[] for _ in config.channels]
+
+    # dispatch
+
+    def check_dispatch(
+        self, x: torch.Tensor, layout: Layout, fp8: ScaleFormat | None, out: torch.Tensor | None
+    ) -> None:
+        if out is not None:
+            dtype = FP8 if fp8 is not None or (isinstance(x, torch.Tensor) and x.dtype == FP8) else self.config.dtype
+            self._unpacker.check_out(layout, out, dtype)
+
+    def dispatch_send(
+        self,
+        x: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor | None,
+        scales: torch.Tensor | None,
+        fp8: ScaleFormat | None,
+        channel: str | None,
+    ) -> Handle:
+        self._health.check()
+        index = self._channel(channel)
+        tensor = checks.check_tokens(self.config, x, fp8)
+        tokens = tensor.shape[0]
+        ids = checks.check_ids(self.config, topk_ids, tokens)
+        weights = None if topk_weights is None else checks.check_weights(self.config, topk_weights, tokens)
+        rows, row_scales, fp8 = self._encode(tensor, scales, fp8)
+        if len(self._open[index]) >= _MOST_OPEN:
+            raise HandleError(
+                f"channel {self.config.channels[index]!r} has two open steps "
+                f"({', '.join(str(s.number) for s in self._open[index])}); "
+                "combine or discard one before dispatching again, or use another channel"
+            )
+        if any(s.number == self._number[index] - 1 for s in self._open[index]):
+            raise HandleError(
+                f"{self._open[index][0]} is still open, and its buffers are those of the next step; "
+                "combine or discard it before dispatching again, or use another channel"
+            )
+        row_format = RowFormat.PLAIN if fp8 is None else RowFormat.FP8 if fp8 == "fp32" else RowFormat.FP8_POW2
+        hits = rank_hits(ids, self.local_experts, self.world_size)
+        self._number[index] += 1
+        step = Step(
+            index,
+            self.config.channels[index],
+            self._number[index],
+            row_format,
+            Outgoing(rows, ids, weights, row_scales, hits),
+        )
+        self._open[index].append(step)
+        self._each(lambda transport: transport.send_dispatch(step))
+        return Handle(self, step, fp8)
+
+    def dispatch_recv(self, handle: Handle, layout: Layout, alignment: int, out: torch.Tensor | None) -> Dispatched:
+        step = self._step(handle, Phase.SENT)
+        if not step.arrivals:
+            self._receive(step)
+        first = self.rank * self.local_experts
+        received = receive(step.arrivals, first, self.local_experts, self.config.top_k)
+        table = self._arena.table(step.row_format)
+        result: Dispatched
+        if layout == "masked":
+            result = self._unpacker.masked(step, received, table, handle, handle._fp8, out)
+        elif layout == "contiguous":
+            result = self._unpacker.contiguous(step, received, table, handle, handle._fp8, out)
+        else:
+            result = self._unpacker.grouped(step, received, table, handle, handle._fp8, out, alignment)
+        step.received, step.layout, step.phase = received, layout, Phase.RECEIVED
+        return result
+
+    # combine
+
+    def check_combine(self, handle: Handle, out: torch.Tensor) -> None:
+        step = self._step(handle, Phase.RECEIVED, Phase.COMBINING)
+        checks.check_matrix("out", out, (step.tokens, self.config.hidden_size), (self.config.dtype,))
+
+    def combine_send(self, y: torch.Tensor, handle: Handle, topk_weights: torch.Tensor | None) -> None:
+        step = self._step(handle, Phase.RECEIVED)
+        assert step.received is not None
+        checks.check_matrix("y", y, self._expected_output(step), (self.config.dtype,))
+        weights = self._combine_weights(step, topk_weights)
+        step.phase = Phase.COMBINING
+        if weights is not None:
+            self._each(lambda transport: transport.send_weights(step, weights))
+            arrived = _merged(self._each(lambda transport: transport.recv_weights(step)))
+        elif step.has_weights:
+            arrived = {a.rank: a.weights for a in step.arrivals if a.weights is not None}
+        else:
+            arrived = {}
+
+        def reduce_and_send(transport: Transport) -> None:
+            reduce_partials(self._arena, step, y, arrived, transport.sources)
+            transport.send_combine(step, False)
+
+        self._each(reduce_and_send)
+
+    def combine_recv(self, handle: Handle, out: torch.Tensor | None) -> torch.Tensor:
+        step = self._step(handle, Phase.COMBINING)
+        if out is not None:
+            self.check_combine(handle, out)
+        result = (
+            out if out is not None else torch.empty((step.tokens, self.config.hidden_size), dtype=self.config.dtype)
+        )
+        sums = _merged(self._each(lambda transport: transport.recv_combine(step)))
+        sum_contributions(self._arena, [sums[order] for order in sorted(sums)], result)
+        self._finish(step)
+        return result
+
+    def discard(self, handle: Handle) -> None:
+        step = self._step(handle, Phase.SENT, Phase.RECEIVED)
+        if not step.arrivals:
+            self._receive(step)
+        step.phase = Phase.COMBINING
+        self._each(lambda transport: transport.send_combine(step, True))
+        self._each(lambda transport: transport.recv_combine(step, True))
+        self._finish(step)
+
+    # life
+
+    def check(self) -> None:
+        self._health.check()
+
+    def close(self) -> None:
+        if not self._health.closed:
+            self._health.closed = True
+            self._unpacker.close()
+
+    # helpers
+
+    def _channel(self, name: str | None) -> int:
+        if name is None:
+            return 0
+        if name not in self.config.channels:
+            raise InputError(f"channel={name!r}; this object has {', '.join(map(repr, self.config.channels))}")
+        return self.config.channels.index(name)
+
+    def _step(self, handle: Handle, *allowed: Phase) -> Step:
+        self._health.check()
+        if not isinstance(handle, Handle):
+            raise HandleError(f"handle is a {type(handle).__name__}; give the handle of a dispatch")
+        if handle._owner is not self:
+            raise HandleError("this handle belongs to another AllToAll; use it with the object that made it")
+        step = handle._step
+        if step.phase not in allowed:
+            needed = " or ".join(phase.value for phase in allowed)
+            raise HandleError(f"{step} is {step.phase.value}; this call needs a step that is {needed}")
+        return step
+
+    def _each(self, move: Callable[[Transport], T]) -> list[T]:
+        """Make a move with every transport. If it fails, the step is lost: the object is broken and the host's ranks
+        are told why."""
+        try:
+            return [move(transport) for transport in self._transports]
+        except MoeA2AError as error:
+            self._break(error)
+            raise
+
+    def _receive(self, step: Step) -> None:
+        arrivals = [a for part in self._each(lambda transport: transport.recv_dispatch(step)) for a in part]
+        step.arrivals = sorted(arrivals, key=lambda arrival: arrival.rank)
+
+    def _break(self, error: MoeA2AError) -> None:
+        self._health.broken = error
+        if isinstance(error, RankLost) and error.ranks:
+            self._arena.memory.set_fault(error.ranks[0])
+        if self._meeting.progress is not None:
+            self._meeting.progress.settle(_LAST_WORDS_S)
+
+    def _finish(self, step: Step) -> None:
+        # The rail peer's sums for others are this rank's duty too: the step has not ended before they are delivered.
+        if step.tasks:
+            sources = [a.rank for a in step.arrivals if a.rank not in self._arena.peers]
+            try:
+                wait_tasks(step.tasks, self.options.timeout_s, self._meeting.watch, f"combine of {step}", sources)
+            except MoeA2AError as error:
+                self._break(error)
+                raise
+        step.phase = Phase.DONE
+        self._open[step.channel].remove(step)
+
+    def _encode(
+        self, x: torch.Tensor, scales: torch.Tensor | None, fp8: ScaleFormat | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None, ScaleFormat | None]:
+        """(rows to send, their scales, form in which scales are handed out)."""
+        if x.dtype == FP8:
+            if scales is None:
+                raise InputError("x is float8_e4m3fn but scales is None; give fp32 scales [T, H/128]")
+            fp8 = fp8 or "fp32"
+            return x.view(torch.uint8), checks.check_scales(self.config, scales, x.shape[0], fp8), fp8
+        if scales is not None:
+            raise InputError(
+                f"scales belong to an x that is float8_e4m3fn; x is {x.dtype}: leave scales out, and give fp8= to "
+                f"quantise"
+            )
+        if fp8 is None:
+            return x.detach(), None, None
+        q, made = quantize(x.detach(), power_of_two=fp8 != "fp32")
+        checks.check_finite_scales(made, "x")
+        return q.view(torch.uint8), made, fp8
+
+    def _expected_output(self, step: Step) -> tuple[int, ...]:
+        if step.layout == "masked":
+            return (self.local_experts, self.world_size * self.config.max_tokens_per_rank, self.config.hidden_size)
+        return (step.output_rows, self.config.hidden_size)
+
+    def _combine_weights(self, step: Step, topk_weights: torch.Tensor | None) -> FloatArray | None:
+        if step.layout == "contiguous":
+            if topk_weights is not None:
+                raise InputError(
+                    "the contiguous layout combines rows that carry their weights already; leave topk_weights out"
+                )
+            return None
+        if step.has_weights and topk_weights is not None:
+            raise InputError("topk_weights were given at dispatch; give them once, there or here")
+        if not step.has_weights and topk_weights is None:
+            raise InputError("topk_weights were not given at dispatch; give them here, fp32 [T, K]")
+        return None if topk_weights is None else checks.check_weights(self.config, topk_weights, step.tokens)
+
+
+def _merged(parts: list[dict[K, V]]) -> dict[K, V]:
+    return {key: value for part in parts for key, value in part.items()}

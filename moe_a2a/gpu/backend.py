@@ -1,0 +1,211 @@
+"""Dispatch and combine of one GPU rank: the masked path's kernels on memory that the ranks of a host have mapped.
+
+Calls launch kernels and return; none waits for the device but `check`, `missing` and `close`. What kernels find wrong
+is copied to pinned host memory now and then, and raised by a later call.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from moe_a2a.backend import Health
+from moe_a2a.bootstrap import Bootstrap
+from moe_a2a.config import Config, Options
+from moe_a2a.errors import HandleError, InputError, RankLost
+from moe_a2a.fp8 import FP8, ScaleFormat
+from moe_a2a.gpu import inputs
+from moe_a2a.gpu.handle import GpuHandle
+from moe_a2a.gpu.layout import Layout as Places
+from moe_a2a.gpu.rendezvous import find_device, meet
+from moe_a2a.gpu.report import NO_BAD_INPUT
+from moe_a2a.step import Phase
+from moe_a2a.types import Handle, Layout, Masked
+
+#: How often reports are copied: every so many steps, and after so long. A copy costs a launch.
+_REPORT_STEPS, _REPORT_S = 32, 0.05
+#: Added to the budget of waits for ranks that may be compiling the same kernels.
+_COMPILE_S = 120.0
+
+
+class GpuBackend:
+    """A `Backend` for the GPU ranks of one host. Construction is collective. Raises ConfigError, MoeA2AError, RankLost.
+
+    device: CUDA, with or without an index.
+    """
+
+    def __init__(self, config: Config, options: Options, bootstrap: Bootstrap, device: torch.device) -> None:
+        meeting = meet(config, options, bootstrap, device)
+        self.config, self.options, self.device = config, options, find_device(device)
+        self.resources, self.hosts = meeting.resources, meeting.hosts.ranks_of
+        self.buffer_bytes = sum(region.nbytes for region in meeting.regions)
+        self._health, self._peers, self._layout = Health(), meeting.peers, meeting.layout
+        from moe_a2a.gpu.masked import MaskedRank  # needs Triton, which `meet` has looked for
+
+        rank, world = bootstrap.rank, bootstrap.world_size
+        with torch.cuda.device(self.device):
+            self.rank = MaskedRank(
+                config,
+                meeting.layout,
+                rank,
+                [region.tensor(rank, 0, (region.nbytes,), torch.uint8) for region in meeting.regions],
+                [[region.address(peer) for peer in range(world)] for region in meeting.regions],
+                meeting.alive,
+                torch.cuda.get_device_properties(self.device).multi_processor_count,
+                options.timeout_s,
+            )
+            self._seen = torch.tensor([NO_BAD_INPUT, 0], dtype=torch.int64).pin_memory()
+            torch.cuda.synchronize()
+        self._news = self._seen.numpy()
+        self._since, self._copied = 0, time.monotonic()
+        self._compiled: set[tuple[object, ...]] = set()
+        self._compiling: GpuHandle | None = None
+
+    # dispatch
+
+    def check_dispatch(
+        self, x: torch.Tensor, layout: Layout, fp8: ScaleFormat | None, out: torch.Tensor | None
+    ) -> None:
+        _check_layout(layout)
+        if out is not None:
+            quantised = fp8 is not None or (isinstance(x, torch.Tensor) and x.dtype == FP8)
+            places = self._layout
+            shape = (places.E_L, places.CAP, places.H)
+            inputs.check_tensor("out", out, shape, (FP8 if quantised else self.config.dtype,), self.device)
+
+    def dispatch_send(
+        self,
+        x: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor | None,
+        scales: torch.Tensor | None,
+        fp8: ScaleFormat | None,
+        channel: str | None,
+    ) -> Handle:
+        self._health.check()
+        self._look()
+        with torch.cuda.device(self.device):
+            handle = self.rank.dispatch_send(x, topk_ids, topk_weights, scales=scales, fp8=fp8, channel=channel)
+            self._allow_for_compiling(handle)
+        return handle
+
+    def dispatch_recv(self, handle: Handle, layout: Layout, alignment: int, out: torch.Tensor | None) -> Masked:
+        self._health.check()
+        _check_layout(layout)
+        with torch.cuda.device(self.device):
+            return self.rank.dispatch_recv(handle, out=out)
+
+    # combine
+
+    def check_combine(self, handle: Handle, out: torch.Tensor) -> None:
+        tokens = self._own(handle).tokens
+        inputs.check_tensor("out", out, (tokens, self._layout.H), (self.config.dtype,), self.device)
+
+    def combine_send(self, y: torch.Tensor, handle: Handle, topk_weights: torch.Tensor | None) -> None:
+        mine, places = self._own(handle), self._layout
+        if mine.phase is Phase.RECEIVED:  # else what follows says what is wrong
+            shape = (places.E_L, places.CAP, places.H)
+            inputs.check_tensor("y", y, shape, (self.config.dtype,), self.device)
+        with torch.cuda.device(self.device):
+            if topk_weights is not None:
+                self.rank.weights_push(handle, topk_weights)
+            self.rank.combine_send(y, handle)
+
+    def combine_recv(self, handle: Handle, out: torch.Tensor | None) -> torch.Tensor:
+        self._health.check()
+        with torch.cuda.device(self.device):
+            result = self.rank.combine_recv(handle, out=out)
+            self._ended(handle)
+        return result
+
+    def discard(self, handle: Handle) -> None:
+        from moe_a2a.gpu.discard import discard
+
+        self._health.check()
+        with torch.cuda.device(self.device):
+            discard(self.rank, handle)
+            self._ended(handle)
+
+    # what went wrong
+
+    def check(self) -> None:
+        self._health.check()
+        torch.cuda.synchronize(self.device)
+        self._raise_reports()
+        self._copy_reports()
+
+    def _look(self) -> None:
+        """Raise what is known without asking the device."""
+        if self._peers.lost or self._news[0] != NO_BAD_INPUT or self._news[1]:
+            if torch.cuda.is_current_stream_capturing():
+                return  # the device cannot be asked; the call after the capture raises it
+            self._raise_reports()
+        try:
+            self._peers.check()
+        except RankLost as error:
+            self._break(error)
+            raise
+
+    def _raise_reports(self) -> None:
+        """Raise what kernels of this device have found. Waits for the current stream."""
+        self._news[:] = NO_BAD_INPUT, 0
+        try:
+            with torch.cuda.device(self.device):
+                self.rank.check()
+        except RankLost as error:
+            known = {rank: self._peers.lost[rank] for rank in error.ranks if rank in self._peers.lost}
+            if known:
+                why = "; ".join(f"rank {rank} {text}" for rank, text in known.items())
+                error = RankLost(f"{error}: {why}", error.ranks)
+            self._break(error)
+            raise error from None
+
+    def _break(self, error: RankLost) -> None:
+        self._health.broken = error
+        self._peers.report(list(error.ranks))
+
+    def _ended(self, handle: Handle) -> None:
+        """A step's last launch is out."""
+        if handle is self._compiling:
+            self._set_budget(self.options.timeout_s)
+            self._compiling = None
+        self._since += 1
+        late = self._since >= _REPORT_STEPS or time.monotonic() - self._copied > _REPORT_S
+        if (late or self._peers.lost) and not torch.cuda.is_current_stream_capturing():
+            self._copy_reports()
+
+    def _copy_reports(self) -> None:
+        self._seen.copy_(self.rank.report, non_blocking=True)
+        self._since, self._copied = 0, time.monotonic()
+
+    # helpers
+
+    def _own(self, handle: Handle) -> GpuHandle:
+        self._health.check()
+        if not isinstance(handle, GpuHandle):
+            raise HandleError(f"handle is a {type(handle).__name__}; give the handle of a dispatch on this device")
+        if handle._owner is not self.rank:
+            raise HandleError("this handle belongs to another AllToAll; use it with the object that made it")
+        return handle
+
+    def _allow_for_compiling(self, handle: GpuHandle) -> None:
+        """A step of a kind that this rank has not made before may meet ranks that are still compiling its kernels."""
+        kind = (handle.bits, handle.has_weights)
+        if kind not in self._compiled and not torch.cuda.is_current_stream_capturing():
+            self._compiled.add(kind)
+            self._compiling = handle
+            self._set_budget(self.options.timeout_s + _COMPILE_S)
+
+    def _set_budget(self, seconds: float) -> None:
+        self.rank.control[Places.BUDGET_NS].fill_(int(seconds * 1e9))
+
+    # life
+
+    def close(self) -> None:
+        self._health.closed = True
+
+
+def _check_layout(layout: Layout) -> None:
+    if layout != "masked":
+        raise InputError(f"layout={layout!r} is served by CPU ranks (device='cpu'); GPU ranks have 'masked' so far")
