@@ -22,10 +22,10 @@ def check_case(case: Case, a2a: AllToAll, step: int) -> str | None:
     sizes = reference.Sizes(a2a.world_size, case.experts, case.tokens)
     all_inputs = [case.inputs(rank, step) for rank in range(a2a.world_size)]
     mine = all_inputs[a2a.rank]
-    rows, scales = [i.x for i in all_inputs], None
+    payload, scales = [i.x for i in all_inputs], None
     if case.fp8 is not None:
-        quantised = [reference.quantise(x, case.fp8) for x in rows]
-        rows, scales = [q for q, _ in quantised], [s for _, s in quantised]
+        quantised = [reference.quantise(x, case.fp8) for x in payload]
+        payload, scales = [q for q, _ in quantised], [s for _, s in quantised]
     ids = [i.topk_ids for i in all_inputs]
     weights = [i.topk_weights for i in all_inputs]
     dtype = a2a.config.dtype
@@ -33,43 +33,43 @@ def check_case(case: Case, a2a: AllToAll, step: int) -> str | None:
     def scale_of(expert: torch.Tensor) -> torch.Tensor:
         return 1 + expert / case.experts
 
-    got = a2a.dispatch(mine.x, mine.topk_ids, mine.topk_weights, layout=case.layout, fp8=case.fp8)
+    given = (tensor.to(a2a.device) for tensor in (mine.x, mine.topk_ids, mine.topk_weights))
+    got = a2a.dispatch(*given, layout=case.layout, fp8=case.fp8)
     first = a2a.rank * a2a.local_experts
     wrong: str | None = None
     if isinstance(got, Masked):
-        wanted = reference.dispatch_masked(sizes, rows, ids, a2a.rank, scales)
-        y = torch.empty(got.x.shape, dtype=dtype)
-        if not torch.equal(got.counts, wanted.counts):
+        wanted = reference.dispatch_masked(sizes, payload, ids, a2a.rank, scales)
+        y = torch.empty(got.x.shape, dtype=dtype, device=a2a.device)
+        if not torch.equal(got.counts.cpu(), wanted.counts):
             wrong = "counts differ from the oracle"
         else:
             for e, count in enumerate(got.counts.tolist()):
-                same = _same(got.x[e, :count], wanted.x[e, :count]) and torch.equal(
-                    got.source[e, :count], wanted.source[e, :count]
-                )
-                if got.scales is not None and wanted.scales is not None:
-                    same = same and torch.equal(got.scales[e, :count], wanted.scales[e, :count])
+                rows, there = got.x[e, :count].cpu(), got.source[e, :count].cpu()
+                scale = None if got.scales is None else got.scales[e, :count].cpu()
+                same = _same(rows, wanted.x[e, :count]) and torch.equal(there, wanted.source[e, :count])
+                if scale is not None and wanted.scales is not None:
+                    same = same and torch.equal(scale, wanted.scales[e, :count])
                 if not same:
                     wrong = f"rows of local expert {e} differ from the oracle"
-                values = _values(got.x[e, :count], None if got.scales is None else got.scales[e, :count])
-                y[e, :count] = (values * scale_of(torch.tensor(first + e))).to(dtype)
+                y[e, :count] = (_values(rows, scale) * scale_of(torch.tensor(first + e))).to(dtype)
     elif isinstance(got, Contiguous):
-        flat = reference.dispatch_contiguous(sizes, rows, ids, weights, a2a.rank, scales)
+        flat = reference.dispatch_contiguous(sizes, payload, ids, weights, a2a.rank, scales)
         if not (_same(got.x, flat.x) and torch.equal(got.topk_ids, flat.topk_ids)):
             wrong = "received rows differ from the oracle"
         assert got.topk_weights is not None
         factors = (got.topk_weights * scale_of(first + got.topk_ids.clamp(min=0))).sum(dim=1, keepdim=True)
         y = (_values(got.x, got.scales) * factors).to(dtype)
     else:
-        grouped = reference.dispatch_grouped(sizes, rows, ids, weights, a2a.rank, 128, scales)
+        grouped = reference.dispatch_grouped(sizes, payload, ids, weights, a2a.rank, 128, scales)
         valid = grouped.expert_ids >= 0
         if not (torch.equal(got.expert_ids, grouped.expert_ids) and _same(got.x[valid], grouped.x[valid])):
             wrong = "received rows differ from the oracle"
         y = torch.zeros(got.x.shape, dtype=dtype)
         values = _values(got.x, got.scales)
         y[valid] = (values * scale_of(first + got.expert_ids)[:, None]).to(dtype)[valid]
-    out = a2a.combine(y, got.handle)
+    out = a2a.combine(y, got.handle).cpu()
 
-    source = mine.x if scales is None else _values(rows[a2a.rank], scales[a2a.rank]).to(dtype)
+    source = mine.x if scales is None else _values(payload[a2a.rank], scales[a2a.rank]).to(dtype)
     expected = reference.moe_output(
         sizes,
         source,

@@ -15,12 +15,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from moe_a2a.bench.cases import DTYPES, Case
+from moe_a2a.bench.gpu import MODES, run_gpu_case
 from moe_a2a.bench.launch import run_ranks
 from moe_a2a.bench.report import print_table, write_json, write_plot
 from moe_a2a.bench.worker import Result, run_case
 from moe_a2a.config import Options
 from moe_a2a.errors import MoeA2AError
 from moe_a2a.types import LAYOUTS
+
+#: Baselines by device.
+_BASELINES = {"cpu": "gloo", "cuda": "nccl"}
 
 
 def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> list[int]:
@@ -52,13 +56,11 @@ def _names(allowed: Sequence[str]) -> click.ParamType[list[str]]:
 
 
 @click.command()
-@click.option("--device", type=click.Choice(["cpu"]), default="cpu", show_default=True, help="Where ranks run.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where ranks run.")
 @click.option(
     "--ranks",
     type=click.IntRange(1),
-    default=4,
-    show_default=True,
-    help="Ranks to start here; torchrun's count if run under it.",
+    help="Ranks to start here; torchrun's count if run under it.  [default: 4; with --device cuda, one for each GPU]",
 )
 @click.option(
     "--hosts",
@@ -78,6 +80,11 @@ def _names(allowed: Sequence[str]) -> click.ParamType[list[str]]:
     show_default=True,
     help="Payload; fp8 dispatches FP8 and combines bf16.",
 )
+@click.option(
+    "--mode",
+    type=_names(MODES),
+    help="How GPU ranks launch: eager, or replays of a captured graph.  [default: graph,eager]",
+)
 @click.option("--layout", type=_names(LAYOUTS), default="masked", show_default=True, help="Layout of received rows.")
 @click.option(
     "--routing", default="uniform", show_default=True, help="uniform, zipf, k-hot, or trace:FILE (see docs/bench.md)."
@@ -86,7 +93,9 @@ def _names(allowed: Sequence[str]) -> click.ParamType[list[str]]:
     "--iterations", type=click.IntRange(1), help="Timed iterations of each case.  [default: 50, 20 above 256 tokens]"
 )
 @click.option(
-    "--baseline", type=_names(["gloo"]), default="gloo", show_default=True, help="Peers in the same run; '' for none."
+    "--baseline",
+    type=_names(list(_BASELINES.values())),
+    help="Peers in the same run; '' for none.  [default: gloo; with --device cuda, nccl]",
 )
 @click.option("--protocol", default="tcp", show_default=True, help="Transfer Engine protocol between hosts.")
 @click.option("--device-filter", default="", help="RDMA devices of the engine.")
@@ -100,17 +109,18 @@ def _names(allowed: Sequence[str]) -> click.ParamType[list[str]]:
 @click.option("--plot", "plot_path", type=click.Path(dir_okay=False, writable=True), help="Write a bar chart (PNG).")
 def bench(
     device: str,
-    ranks: int,
+    ranks: int | None,
     hosts: int | None,
     tokens: list[int],
     hidden: int,
     experts: int,
     top_k: int,
     dtype: list[str],
+    mode: list[str] | None,
     layout: list[str],
     routing: str,
     iterations: int | None,
-    baseline: list[str],
+    baseline: list[str] | None,
     protocol: str,
     device_filter: str,
     timeout: float,
@@ -123,7 +133,11 @@ def bench(
     Starts the ranks itself, or takes part in a torchrun launch. Every case is checked against the oracle before it is
     timed.
     """
+    if ranks is None:
+        ranks = _gpus() if device == "cuda" else 4
     world = int(os.environ.get("WORLD_SIZE", ranks))
+    chosen = [_BASELINES[device]] if baseline is None else baseline
+    _check_device(device, world, mode, layout, hosts, chosen)
     kind = _routing(routing)
     cases = [
         Case(t, hidden, top_k, experts, d, layout_name, kind, iterations or (50 if t <= 256 else 20), seed)  # type: ignore[arg-type]
@@ -143,7 +157,10 @@ def bench(
         raise click.UsageError(str(error)) from error
     if "RANK" not in os.environ:
         sys.exit(run_ranks(sys.argv[1:], ranks))
-    results = _run(cases, hosts, options, tuple(baseline))
+    if device == "cuda":
+        results = _run_gpus(cases, mode or list(MODES), options, tuple(chosen))
+    else:
+        results = _run(cases, hosts, options, tuple(chosen))
     if dist.get_rank() == 0:
         print_table(results, Console() if sys.stdout.isatty() else Console(width=120))
         if json_path:
@@ -154,6 +171,31 @@ def bench(
     sys.exit(0 if all(result["correct"] for result in results) else 1)
 
 
+def _gpus() -> int:
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _check_device(
+    device: str, world: int, mode: list[str] | None, layout: list[str], hosts: int | None, baselines: list[str]
+) -> None:
+    """Refuse options that do not go together."""
+    for name in baselines:
+        if name != _BASELINES[device]:
+            raise click.UsageError(f"--baseline {name} goes with another --device than {device}")
+    if device == "cpu":
+        if mode is not None:
+            raise click.UsageError("--mode is for --device cuda; CPU ranks have one way to run")
+        return
+    if not _gpus():
+        raise click.UsageError("--device cuda, but torch sees no GPU (`moe-a2a doctor` says why)")
+    if layout != ["masked"]:
+        raise click.UsageError(f"--layout {','.join(layout)}: GPU ranks have the masked layout so far")
+    if hosts not in (None, 1):
+        raise click.UsageError(f"--hosts {hosts}: GPU ranks are on one host")
+    if "nccl" in baselines and world > _gpus():
+        raise click.UsageError(f"--baseline nccl needs a GPU for each of {world} ranks, here are {_gpus()}; give ''")
+
+
 def _routing(text: str) -> str:
     if text in ("uniform", "zipf", "k-hot"):
         return text
@@ -161,6 +203,16 @@ def _routing(text: str) -> str:
     if not text.startswith("trace:") or not pathlib.Path(path).is_file():
         raise click.UsageError(f"--routing {text!r}; allowed: uniform, zipf, k-hot, trace:FILE with a file that exists")
     return path
+
+
+def _run_gpus(cases: list[Case], modes: list[str], options: Options, baselines: tuple[str, ...]) -> list[Result]:
+    dist.init_process_group("gloo")
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    results = []
+    for case in cases:
+        fp8_only = Options(**{**vars(options), "fp8_only": case.fp8 is not None})
+        results += run_gpu_case(case, modes, fp8_only, baselines)
+    return results
 
 
 def _run(cases: list[Case], hosts: int | None, options: Options, baselines: tuple[str, ...]) -> list[Result]:

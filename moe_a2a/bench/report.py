@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
 import platform
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ def machine() -> Result:
         "system": platform.system(),
         "kernel": platform.release(),
         "threads_per_rank": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
 
 
@@ -43,17 +45,20 @@ def versions() -> Result:
     found = {"moe_a2a": moe_a2a.__version__, "python": platform.python_version(), "torch": torch.__version__}
     found["numpy"] = version("numpy")
     found["engine"] = ", ".join(f"{name} {number}" for name, number in installed_versions().items()) or "none"
+    with contextlib.suppress(PackageNotFoundError):
+        found["triton"] = version("triton")
     return found
 
 
 _COLUMNS = ("dispatch", "combine", "both", "transport", "network")
 
 
-def _time(percentiles: dict[str, float] | None) -> str:
-    """p50 / p90 / p99 in ms, three digits each."""
+def _time(percentiles: dict[str, float] | None, device: str) -> str:
+    """p50 / p90 / p99: in ms, three digits each, or in us for GPU ranks."""
     if percentiles is None:
         return "-"
-    return " / ".join(_ms(percentiles[p]) for p in ("p50", "p90", "p99"))
+    write = _ms if device == "cpu" else str
+    return " / ".join(write(percentiles[p]) for p in ("p50", "p90", "p99"))
 
 
 def _ms(us: float) -> str:
@@ -69,7 +74,10 @@ def bandwidth(case: Result) -> float | None:
 
 def print_table(cases: list[Result], console: Console) -> None:
     """A block for each case: ours beside the baselines, times in ms."""
-    console.print("Times are p50 / p90 / p99 of the slowest rank in ms.", soft_wrap=True)
+    if cases and cases[0]["device"] == "cpu":
+        console.print("Times are p50 / p90 / p99 of the slowest rank in ms.", soft_wrap=True)
+    else:
+        console.print("Times are p50 / p90 / p99 of all ranks in us.", soft_wrap=True)
     for case in cases:
         ratio = case["wire_bytes"] / max(1, case["min_wire_bytes"])
         rate = bandwidth(case)
@@ -85,9 +93,9 @@ def print_table(cases: list[Result], console: Console) -> None:
         table.add_column("")
         for column in _COLUMNS:
             table.add_column(column, justify="right", overflow="fold")
-        table.add_row("moe-a2a", *(_time(case[f"{what}_us"]) for what in _COLUMNS))
+        table.add_row("moe-a2a", *(_time(case[f"{what}_us"], case["device"]) for what in _COLUMNS))
         for name, base in case["baselines"].items():
-            table.add_row(name, *(_time(base.get(f"{what}_us")) for what in _COLUMNS))
+            table.add_row(name, *(_time(base.get(f"{what}_us"), case["device"]) for what in _COLUMNS))
         console.print(table)
         for problem in case["problems"]:
             console.print(f"[bold red]{problem}[/]", soft_wrap=True)

@@ -117,7 +117,7 @@ class GpuBackend:
         with torch.cuda.device(self.device):
             result = self.rank.combine_recv(handle, out=out)
             self._ended(handle)
-        return result
+        return result if out is None else out
 
     def discard(self, handle: Handle) -> None:
         from moe_a2a.gpu.discard import discard
