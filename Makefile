@@ -6,7 +6,7 @@ PYTEST_FLAGS ?= -q
 BENCH_FLAGS ?= --ranks 4 --hosts 2 --device cpu --baseline gloo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint types format bench doctor clean
+.PHONY: help setup run test test-gpu lint types format bench doctor clean
 
 help:  ## show this list
 	@sed -nE 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -20,6 +20,9 @@ run: setup  ## a DeepSeek-V3 model on 4 CPU ranks as 2 hosts, then dispatch and 
 
 test: lint types  ## ruff, mypy --strict, pytest
 	@$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+test-gpu:  ## the tests that need CUDA GPUs, with $(PYTHON) and the CUDA build of torch that it has
+	@PYTHONPATH=. $(PYTHON) -m pytest $(PYTEST_FLAGS) tests/gpu
 
 lint: setup
 	@$(BIN)/ruff check .

@@ -45,7 +45,9 @@ def graph_us(launch: Callable[[], Any]) -> float:
     return statistics.median(times[3:])
 
 
-def case(ranks: int, tokens: int, most: int, fp8: ScaleFormat | None, hidden: int, experts: int, top_k: int) -> dict[str, Any]:
+def case(
+    ranks: int, tokens: int, most: int, fp8: ScaleFormat | None, hidden: int, experts: int, top_k: int
+) -> dict[str, Any]:
     """Check one case, and time rank 0's kernels in it."""
     config = Config(experts, hidden, top_k, most)
     group = VirtualGroup(config, ranks)
@@ -114,11 +116,20 @@ def main() -> None:
         for tokens in arguments.tokens:
             fp8 = None if rows == "bf16" else rows
             result = case(
-                arguments.ranks, tokens, max(arguments.max_tokens, tokens), fp8, arguments.hidden, arguments.experts, arguments.top_k
+                arguments.ranks,
+                tokens,
+                max(arguments.max_tokens, tokens),
+                fp8,
+                arguments.hidden,
+                arguments.experts,
+                arguments.top_k,
             )
             results.append(result)
             times = {name: round(value, 2) for name, value in result.items() if "_" in name and name != "max_tokens"}
-            print(f"R={arguments.ranks} T={tokens} {rows}: {times} error {result['error']:.4f} {' '.join(arguments.set)}", flush=True)
+            print(
+                f"R={arguments.ranks} T={tokens} {rows}: {times} error {result['error']:.4f} {' '.join(arguments.set)}",
+                flush=True,
+            )
     if arguments.json:
         with open(arguments.json, "w") as file:
             json.dump({"device": torch.cuda.get_device_name(), "results": results}, file, indent=1)

@@ -22,7 +22,7 @@ from moe_a2a.kernels.casts import to_payload
 from moe_a2a.kernels.signals import aligned, has_bit, wait
 
 _WARPS = 4
-_BLOCK = 1024
+_BLOCK = 2048
 _PROGRAMS_A_SM = 8
 
 
@@ -53,10 +53,9 @@ def _combine_recv(
             total += tl.load(row + column, mask=inside & has_bit(hit, r), other=0.0).to(tl.float32)
         tl.store(out + t.to(tl.int64) * L.H + column, to_payload(total, DTYPE), mask=inside)
 
-    if pid == 0:
-        if good != want:
-            tl.atomic_or(handle + L.MISSING, want & ~good)
-            tl.atomic_or(report + L.LOST, want & ~good)
+    if (pid == 0) & (good != want):
+        tl.atomic_or(handle + L.MISSING, want & ~good)
+        tl.atomic_or(report + L.LOST, want & ~good)
 
 
 def combine_recv(

@@ -25,9 +25,9 @@ from moe_a2a.kernels.signals import aligned, has_bit, lane_bits, wait
 #: Form in which scales are handed out.
 NO_SCALES, FP32_SCALES, PACKED_SCALES = range(3)
 
-_WARPS = 4
-_BLOCK_WORDS = 256  # 4-byte words of a row that one work item copies: 1 KiB
-_PROGRAMS_A_SM = 8
+_WARPS = 2
+_BLOCK_WORDS = 512  # 4-byte words of a row that one work item copies: 2 KiB
+_PROGRAMS_A_SM = 16
 
 
 @triton.jit
