@@ -60,7 +60,12 @@ def case(
     # Experts that return their input: combine gives the token back, since its weights sum to 1.
     y = []
     for d in got:
-        rows = d.x.float() if d.scales is None else d.x.float() * d.scales.repeat_interleave(128, 2)
+        rows = d.x.float()
+        if d.scales is not None:
+            scales = d.scales
+            if scales.dtype == torch.int32:
+                scales = (scales.contiguous().view(torch.uint8).to(torch.int32) << 23).view(torch.float32)
+            rows *= scales[..., : hidden // 128].repeat_interleave(128, 2)
         y.append(rows.to(torch.bfloat16))
     out = group.combine(y, handles)
     group.check()

@@ -12,14 +12,13 @@ Memory-ordering contract
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 
 from moe_a2a.gpu.layout import Layout, power_of_two_at_least
 from moe_a2a.kernels.casts import to_payload
+from moe_a2a.kernels.launch import launch
 from moe_a2a.kernels.signals import aligned, has_bit, is_last, pick, raise_flags, wait
 
 _WARPS = 4
@@ -97,22 +96,13 @@ def combine_send(
     places: int32 [R*M, K]; processors: SMs of the device. The others: `Layout`."""
     block = min(_BLOCK, power_of_two_at_least(layout.H))
     items = layout.CAP * -(-layout.H // block)
-    # Products and sums are rounded one by one, as the CPU ranks and the oracle do: the bits are the same everywhere.
-    options: dict[str, Any] = {"num_warps": _WARPS, "enable_fp_fusion": False}
-    _combine_send[(min(items, processors * _PROGRAMS_A_SM),)](
-        y,
-        region,
-        peers,
-        control,
-        alive,
-        live,
-        handle,
-        places,
-        report,
-        rank,
-        PUSHED=pushed,
-        BLOCK=block,
-        L=layout,
-        LANES=32 * _WARPS,
-        **options,
+    launch(
+        _combine_send,
+        min(items, processors * _PROGRAMS_A_SM),
+        (y, region, peers, control, alive, live, handle, places, report, rank),
+        (pushed, block, layout, 32 * _WARPS),
+        (y.dtype,),
+        num_warps=_WARPS,
+        # Products and sums are rounded one by one, as CPU ranks and the oracle do: the bits are the same everywhere.
+        enable_fp_fusion=False,
     )

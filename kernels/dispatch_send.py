@@ -14,14 +14,13 @@ Memory-ordering contract
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 
 from moe_a2a.gpu.layout import Layout, power_of_two_at_least
 from moe_a2a.kernels import casts
+from moe_a2a.kernels.launch import launch
 from moe_a2a.kernels.signals import aligned, either, has_bit, is_last, pick, raise_flags
 
 #: What happens to a row on its way: sent as it is, quantised (fp32 scales, or powers of two), or FP8 already.
@@ -265,31 +264,38 @@ def dispatch_send(
     quantise = mode in (QUANTISE, QUANTISE_POW2)
     rows = x if quantise else x.view(torch.int32)
     counters = -(-layout.E // EXPERTS_A_PROGRAM)
-    options: dict[str, Any] = {"num_warps": _WARPS}
-    _dispatch_send[(min(tokens, _MOST_PROGRAMS) + counters,)](
-        rows,
-        ids,
-        weights if weights is not None else ids,
-        scales.view(torch.int32) if scales is not None else ids,
-        peers,
-        control,
-        live,
-        handle,
-        hits,
-        report,
-        tokens,
-        rank,
-        MODE=mode,
-        WEIGHTS=weights is not None,
-        BITS=header_bits(mode, weights is not None),
-        WORDS=layout.H * x.element_size() // 4,
-        COUNTERS=counters,
-        EXPERTS=EXPERTS_A_PROGRAM,
-        SCAN=_SCAN,
-        CHUNK_WORDS=min(_CHUNK_WORDS, power_of_two_at_least(layout.H * x.element_size() // 4)),
-        CHUNK_GROUPS=min(_CHUNK_GROUPS, power_of_two_at_least(layout.G)),
-        L=layout,
-        **options,
+    words = layout.H * x.element_size() // 4
+    launch(
+        _dispatch_send,
+        min(tokens, _MOST_PROGRAMS) + counters,
+        (
+            rows,
+            ids,
+            weights if weights is not None else ids,
+            scales.view(torch.int32) if scales is not None else ids,
+            peers,
+            control,
+            live,
+            handle,
+            hits,
+            report,
+            tokens,
+            rank,
+        ),
+        (
+            mode,
+            weights is not None,
+            header_bits(mode, weights is not None),
+            words,
+            counters,
+            EXPERTS_A_PROGRAM,
+            _SCAN,
+            min(_CHUNK_WORDS, power_of_two_at_least(words)),
+            min(_CHUNK_GROUPS, power_of_two_at_least(layout.G)),
+            layout,
+        ),
+        (rows.dtype, ids.dtype),
+        num_warps=_WARPS,
     )
 
 

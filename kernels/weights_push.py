@@ -10,13 +10,12 @@ Memory-ordering contract
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 
 from moe_a2a.gpu.layout import Layout
+from moe_a2a.kernels.launch import launch
 from moe_a2a.kernels.signals import has_bit, is_last, pick, raise_flags
 
 _WARPS = 4
@@ -24,7 +23,9 @@ _TOKENS = 16  # tokens of a program
 
 
 @triton.jit(do_not_specialize=["tokens", "rank"])
-def _weights_push(weights, peers, live, handle, hits, tokens, rank, TOKENS: tl.constexpr, L: tl.constexpr):
+def _weights_push(
+    weights, peers, live, handle, hits, tokens, rank, TOKENS: tl.constexpr, L: tl.constexpr
+):  # fmt: skip
     R: tl.constexpr = L.R
     lane = tl.arange(0, L.R_PAD)
     bases = tl.load(peers + lane, mask=lane < L.R, other=0)
@@ -59,7 +60,11 @@ def weights_push(
 ) -> None:
     """Launch. weights: fp32 [T, K]; hits: int64 [M], written by dispatch_send. The others: `Layout`."""
     tokens = weights.shape[0]
-    options: dict[str, Any] = {"num_warps": _WARPS}
-    _weights_push[(max(1, -(-tokens // _TOKENS)),)](
-        weights, peers, live, handle, hits, tokens, rank, TOKENS=_TOKENS, L=layout, **options
+    launch(
+        _weights_push,
+        max(1, -(-tokens // _TOKENS)),
+        (weights, peers, live, handle, hits, tokens, rank),
+        (_TOKENS, layout),
+        (),
+        num_warps=_WARPS,
     )

@@ -223,6 +223,13 @@ class Layout:
         fields = (self.R, self.E, self.H, self.K, self.M, self.itemsize, int(self.fp8_only))
         return "Layout_" + "_".join(map(str, fields))
 
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self._text)
+
+    def __hash__(self) -> int:
+        return self._hash  # part of a key at every launch
+
     def __repr__(self) -> str:
         # Triton keys its caches on this at every launch, so it is short, made once, and legal in a symbol's name.
         return self._text
