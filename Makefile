@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTEST_FLAGS ?= -q
 BENCH_FLAGS ?= --ranks 4 --hosts 2 --device cpu --baseline gloo
+GPU_BENCH_FLAGS ?= --tokens 8,128 --dtype fp8,bf16
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint types format bench doctor clean
+.PHONY: help setup run test test-gpu lint types format bench bench-gpu doctor clean
 
 help:  ## show this list
-	@sed -nE 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 setup:  ## make .venv, with the CPU builds of torch and of the Transfer Engine, and the system libraries
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not on PATH: install Python 3.10 to 3.13 (apt-get install python3)." >&2; exit 1; }
@@ -20,6 +21,9 @@ run: setup  ## a DeepSeek-V3 model on 4 CPU ranks as 2 hosts, then dispatch and 
 
 test: lint types  ## ruff, mypy --strict, pytest
 	@$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+test-gpu:  ## the tests that need CUDA GPUs, with $(PYTHON) and the CUDA build of torch that it has
+	@PYTHONPATH=. $(PYTHON) -m pytest $(PYTEST_FLAGS) tests/gpu
 
 lint: setup
 	@$(BIN)/ruff check .
@@ -34,6 +38,9 @@ format: setup  ## let ruff format and mend what it can
 
 bench: setup  ## moe-a2a bench on CPU ranks; BENCH_FLAGS="..." replaces the arguments
 	@$(BIN)/moe-a2a bench $(BENCH_FLAGS)
+
+bench-gpu:  ## moe-a2a bench on all GPUs of this machine, with $(PYTHON); GPU_BENCH_FLAGS="..." replaces the arguments
+	@PYTHONPATH=. $(PYTHON) -m moe_a2a.cli bench --device cuda $(GPU_BENCH_FLAGS)
 
 doctor: setup  ## what this machine can do, and what is missing
 	@$(BIN)/moe-a2a doctor

@@ -45,7 +45,9 @@ def graph_us(launch: Callable[[], Any]) -> float:
     return statistics.median(times[3:])
 
 
-def case(ranks: int, tokens: int, most: int, fp8: ScaleFormat | None, hidden: int, experts: int, top_k: int) -> dict[str, Any]:
+def case(
+    ranks: int, tokens: int, most: int, fp8: ScaleFormat | None, hidden: int, experts: int, top_k: int
+) -> dict[str, Any]:
     """Check one case, and time rank 0's kernels in it."""
     config = Config(experts, hidden, top_k, most)
     group = VirtualGroup(config, ranks)
@@ -58,7 +60,12 @@ def case(ranks: int, tokens: int, most: int, fp8: ScaleFormat | None, hidden: in
     # Experts that return their input: combine gives the token back, since its weights sum to 1.
     y = []
     for d in got:
-        rows = d.x.float() if d.scales is None else d.x.float() * d.scales.repeat_interleave(128, 2)
+        rows = d.x.float()
+        if d.scales is not None:
+            scales = d.scales
+            if scales.dtype == torch.int32:
+                scales = (scales.contiguous().view(torch.uint8).to(torch.int32) << 23).view(torch.float32)
+            rows *= scales[..., : hidden // 128].repeat_interleave(128, 2)
         y.append(rows.to(torch.bfloat16))
     out = group.combine(y, handles)
     group.check()
@@ -114,11 +121,20 @@ def main() -> None:
         for tokens in arguments.tokens:
             fp8 = None if rows == "bf16" else rows
             result = case(
-                arguments.ranks, tokens, max(arguments.max_tokens, tokens), fp8, arguments.hidden, arguments.experts, arguments.top_k
+                arguments.ranks,
+                tokens,
+                max(arguments.max_tokens, tokens),
+                fp8,
+                arguments.hidden,
+                arguments.experts,
+                arguments.top_k,
             )
             results.append(result)
             times = {name: round(value, 2) for name, value in result.items() if "_" in name and name != "max_tokens"}
-            print(f"R={arguments.ranks} T={tokens} {rows}: {times} error {result['error']:.4f} {' '.join(arguments.set)}", flush=True)
+            print(
+                f"R={arguments.ranks} T={tokens} {rows}: {times} error {result['error']:.4f} {' '.join(arguments.set)}",
+                flush=True,
+            )
     if arguments.json:
         with open(arguments.json, "w") as file:
             json.dump({"device": torch.cuda.get_device_name(), "results": results}, file, indent=1)

@@ -14,7 +14,7 @@ from moe_a2a.kernels.signals import PORTABLE
 @triton.jit
 def to_payload(value, DTYPE: tl.constexpr):
     """fp32 -> the payload dtype."""
-    if PORTABLE and DTYPE == tl.bfloat16:
+    if PORTABLE and tl.bfloat16 == DTYPE:
         bits = value.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
@@ -38,6 +38,21 @@ def to_e4m3(value):
         return (code | sign).to(tl.uint8)
     else:
         return value.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+
+
+@triton.jit
+def divide(value, scale, POW2: tl.constexpr):
+    """value / scale in fp32, rounded to nearest, for the magnitudes that quantising meets. scale: > 0; POW2: a power of
+    two. Not finite -> not finite or 0."""
+    if PORTABLE:
+        return tl.div_rn(value, scale)
+    else:
+        # One exact reciprocal a tile, and Markstein's correction an element: a third of a full division's instructions.
+        reciprocal = tl.div_rn(1.0, scale)
+        quotient = value * reciprocal
+        if not POW2:  # otherwise it is exact already
+            quotient = tl.fma(tl.fma(-quotient, scale, value), reciprocal, quotient)
+        return quotient
 
 
 @triton.jit

@@ -11,18 +11,17 @@ Memory-ordering contract
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 
 from moe_a2a.gpu.layout import Layout, power_of_two_at_least
 from moe_a2a.kernels.casts import to_payload
+from moe_a2a.kernels.launch import launch
 from moe_a2a.kernels.signals import aligned, has_bit, wait
 
 _WARPS = 4
-_BLOCK = 1024
+_BLOCK = 2048
 _PROGRAMS_A_SM = 8
 
 
@@ -53,10 +52,9 @@ def _combine_recv(
             total += tl.load(row + column, mask=inside & has_bit(hit, r), other=0.0).to(tl.float32)
         tl.store(out + t.to(tl.int64) * L.H + column, to_payload(total, DTYPE), mask=inside)
 
-    if pid == 0:
-        if good != want:
-            tl.atomic_or(handle + L.MISSING, want & ~good)
-            tl.atomic_or(report + L.LOST, want & ~good)
+    if (pid == 0) & (good != want):
+        tl.atomic_or(handle + L.MISSING, want & ~good)
+        tl.atomic_or(report + L.LOST, want & ~good)
 
 
 def combine_recv(
@@ -74,18 +72,11 @@ def combine_recv(
     """Launch. out: [T, H], payload dtype; hits: int64 [M], written by dispatch_send. The others: `Layout`."""
     block = min(_BLOCK, power_of_two_at_least(layout.H))
     items = out.shape[0] * -(-layout.H // block)
-    options: dict[str, Any] = {"num_warps": _WARPS}
-    _combine_recv[(max(1, min(items, processors * _PROGRAMS_A_SM)),)](
-        out,
-        region,
-        control,
-        alive,
-        handle,
-        hits,
-        report,
-        out.shape[0],
-        BLOCK=block,
-        L=layout,
-        LANES=32 * _WARPS,
-        **options,
+    launch(
+        _combine_recv,
+        max(1, min(items, processors * _PROGRAMS_A_SM)),
+        (out, region, control, alive, handle, hits, report, out.shape[0]),
+        (block, layout, 32 * _WARPS),
+        (out.dtype,),
+        num_warps=_WARPS,
     )

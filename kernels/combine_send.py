@@ -12,15 +12,14 @@ Memory-ordering contract
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 
 from moe_a2a.gpu.layout import Layout, power_of_two_at_least
 from moe_a2a.kernels.casts import to_payload
-from moe_a2a.kernels.signals import aligned, has_bit, is_last, raise_flags, wait
+from moe_a2a.kernels.launch import launch
+from moe_a2a.kernels.signals import aligned, has_bit, is_last, pick, raise_flags, wait
 
 _WARPS = 4
 _BLOCK = 1024  # columns of a work item: 16 bytes of bf16 a thread and expert
@@ -33,6 +32,8 @@ def _combine_send(
     PUSHED: tl.constexpr, BLOCK: tl.constexpr, L: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
+    r = tl.arange(0, L.R_PAD)
+    bases = tl.load(peers + r, mask=r < L.R, other=0)
     step = tl.load(handle + L.STEP)
     mask = tl.load(handle + L.VIEW_MASK)
     received = tl.load(handle + L.RECEIVED)
@@ -63,13 +64,12 @@ def _combine_send(
             total += value.to(tl.float32) * tl.where(at >= 0, weight, 0.0)
             best = tl.maximum(best, at)
         if (best >= 0) & has_bit(received, s):
-            to = tl.load(peers + s) + block + L.sums + (rank * L.M + t).to(tl.int64) * L.sum_stride
+            to = pick(bases, s, L) + block + L.sums + (rank * L.M + t).to(tl.int64) * L.sum_stride
             tl.store(aligned(to, DTYPE) + column, to_payload(total, DTYPE), mask=inside)
 
     if is_last(live + (L.FINISHED + L.COMBINE)):
-        r = tl.arange(0, L.R_PAD).to(tl.int64)
-        value = 2 * step + tl.where(has_bit(received, r), 0, 1)
-        raise_flags(peers, block + L.flags + L.COMBINE * L.R * 8, rank, value, mask, L)
+        value = 2 * step + tl.where(has_bit(received, r.to(tl.int64)), 0, 1)
+        raise_flags(bases, block + L.flags + L.COMBINE * L.R * 8, rank, value, mask, L)
         lost = mask & ~received
         if lost != 0:
             tl.atomic_or(handle + L.MISSING, lost)
@@ -96,22 +96,13 @@ def combine_send(
     places: int32 [R*M, K]; processors: SMs of the device. The others: `Layout`."""
     block = min(_BLOCK, power_of_two_at_least(layout.H))
     items = layout.CAP * -(-layout.H // block)
-    # Products and sums are rounded one by one, as the CPU ranks and the oracle do: the bits are the same everywhere.
-    options: dict[str, Any] = {"num_warps": _WARPS, "enable_fp_fusion": False}
-    _combine_send[(min(items, processors * _PROGRAMS_A_SM),)](
-        y,
-        region,
-        peers,
-        control,
-        alive,
-        live,
-        handle,
-        places,
-        report,
-        rank,
-        PUSHED=pushed,
-        BLOCK=block,
-        L=layout,
-        LANES=32 * _WARPS,
-        **options,
+    launch(
+        _combine_send,
+        min(items, processors * _PROGRAMS_A_SM),
+        (y, region, peers, control, alive, live, handle, places, report, rank),
+        (pushed, block, layout, 32 * _WARPS),
+        (y.dtype,),
+        num_warps=_WARPS,
+        # Products and sums are rounded one by one, as CPU ranks and the oracle do: the bits are the same everywhere.
+        enable_fp_fusion=False,
     )

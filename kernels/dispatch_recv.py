@@ -13,21 +13,20 @@ Memory-ordering contract
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 
 from moe_a2a.gpu.layout import Layout, power_of_two_at_least
+from moe_a2a.kernels.launch import launch
 from moe_a2a.kernels.signals import aligned, has_bit, lane_bits, wait
 
 #: Form in which scales are handed out.
 NO_SCALES, FP32_SCALES, PACKED_SCALES = range(3)
 
-_WARPS = 4
-_BLOCK_WORDS = 256  # 4-byte words of a row that one work item copies: 1 KiB
-_PROGRAMS_A_SM = 8
+_WARPS = 2
+_BLOCK_WORDS = 512  # 4-byte words of a row that one work item copies: 2 KiB
+_PROGRAMS_A_SM = 16
 
 
 @triton.jit
@@ -160,25 +159,23 @@ def dispatch_recv(
     if form == PACKED_SCALES:
         block = max(block, 128)
     items = layout.CAP * -(-words // block)
-    options: dict[str, Any] = {"num_warps": _WARPS}
-    _dispatch_recv[(min(items, processors * _PROGRAMS_A_SM),)](
-        x.view(torch.int32),
-        scales.view(torch.int32) if scales is not None else counts,
-        counts,
-        source,
-        region,
-        control,
-        alive,
-        handle,
-        places,
-        report,
-        rank,
-        BITS=bits,
-        SCALES=form,
-        WORDS=words,
-        BLOCK=block,
-        EXPERTS=power_of_two_at_least(layout.E_L),
-        L=layout,
-        LANES=32 * _WARPS,
-        **options,
+    launch(
+        _dispatch_recv,
+        min(items, processors * _PROGRAMS_A_SM),
+        (
+            x.view(torch.int32),
+            scales.view(torch.int32) if scales is not None else counts,
+            counts,
+            source,
+            region,
+            control,
+            alive,
+            handle,
+            places,
+            report,
+            rank,
+        ),
+        (bits, form, words, block, power_of_two_at_least(layout.E_L), layout, 32 * _WARPS),
+        (),
+        num_warps=_WARPS,
     )

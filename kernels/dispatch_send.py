@@ -14,15 +14,14 @@ Memory-ordering contract
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 
 from moe_a2a.gpu.layout import Layout, power_of_two_at_least
 from moe_a2a.kernels import casts
-from moe_a2a.kernels.signals import aligned, either, has_bit, is_last, raise_flags
+from moe_a2a.kernels.launch import launch
+from moe_a2a.kernels.signals import aligned, either, has_bit, is_last, pick, raise_flags
 
 #: What happens to a row on its way: sent as it is, quantised (fp32 scales, or powers of two), or FP8 already.
 COPY, QUANTISE, QUANTISE_POW2, GIVEN, GIVEN_POW2 = range(5)
@@ -30,7 +29,7 @@ COPY, QUANTISE, QUANTISE_POW2, GIVEN, GIVEN_POW2 = range(5)
 BITS_FP8, BITS_POW2, BITS_WEIGHTS = 1, 2, 4
 
 EXPERTS_A_PROGRAM = 32
-_WARPS = 8
+_WARPS = 4
 _SCAN = 128  # tokens whose ids are looked at at once
 _CHUNK_WORDS = 4096  # of a row that is copied
 _CHUNK_GROUPS = 64  # of a row that is quantised
@@ -74,20 +73,28 @@ def _check(raw, k, token, report, L: tl.constexpr):
 
 
 @triton.jit
-def _send_words(source, row, offset, hits, peers, WORDS: tl.constexpr, L: tl.constexpr, CHUNK: tl.constexpr):
-    """Copy a row of 4-byte words to every rank in `hits`."""
+def _load_words(source, row, start, WORDS: tl.constexpr, CHUNK: tl.constexpr):
+    w = start + tl.arange(0, CHUNK)
+    return tl.load(source + row * WORDS + w, mask=w < WORDS)
+
+
+@triton.jit
+def _send_words(
+    head, source, row, offset, hits, bases, WORDS: tl.constexpr, L: tl.constexpr, CHUNK: tl.constexpr
+):  # fmt: skip
+    """Copy a row of 4-byte words to every rank in `hits`. head: its first CHUNK words, loaded long before."""
     R: tl.constexpr = L.R
     for start in tl.static_range(0, WORDS, CHUNK):
         w = start + tl.arange(0, CHUNK)
-        words = tl.load(source + row * WORDS + w, mask=w < WORDS)
+        words = head if start == 0 else _load_words(source, row, start, WORDS, CHUNK)
         for r in tl.static_range(R):
             if has_bit(hits, r):
-                to = aligned(tl.load(peers + r) + offset, tl.int32)
+                to = aligned(pick(bases, r, L) + offset, tl.int32)
                 tl.store(to + w, words, mask=w < WORDS)
 
 
 @triton.jit
-def _send_scales(source, row, offset, hits, peers, token, report, POW2: tl.constexpr, L: tl.constexpr):
+def _send_scales(source, row, offset, hits, bases, token, report, POW2: tl.constexpr, L: tl.constexpr):
     """Copy a row of given fp32 scales to every rank in `hits`. Scales that cannot be used are reported."""
     G_PAD: tl.constexpr = triton.next_power_of_2(L.G)
     R: tl.constexpr = L.R
@@ -103,12 +110,21 @@ def _send_scales(source, row, offset, hits, peers, token, report, POW2: tl.const
         tl.atomic_min(report + L.BAD_INPUT, tl.min(tl.where(wrong, word, none), 0))
     for r in tl.static_range(R):
         if has_bit(hits, r):
-            to = aligned(tl.load(peers + r) + offset + L.H, tl.int32)
+            to = aligned(pick(bases, r, L) + offset + L.H, tl.int32)
             tl.store(to + g, bits, mask=g < L.G)
 
 
 @triton.jit
-def _send_quantised(x, row, offset, hits, peers, POW2: tl.constexpr, L: tl.constexpr, CHUNK: tl.constexpr):
+def _load_tiles(x, row, start, L: tl.constexpr, CHUNK: tl.constexpr):
+    g = start + tl.arange(0, CHUNK)
+    columns = g[:, None] * 128 + tl.arange(0, 128)[None, :]
+    return tl.load(x + row * L.H + columns, mask=(g < L.G)[:, None], other=0.0)
+
+
+@triton.jit
+def _send_quantised(
+    head, x, row, offset, hits, bases, POW2: tl.constexpr, L: tl.constexpr, CHUNK: tl.constexpr
+):  # fmt: skip
     """Quantise a row per 128 columns, as moe_a2a.fp8 does, and store it with its scales to every rank in `hits`."""
     R: tl.constexpr = L.R
     G: tl.constexpr = L.G
@@ -116,51 +132,55 @@ def _send_quantised(x, row, offset, hits, peers, POW2: tl.constexpr, L: tl.const
         g = start + tl.arange(0, CHUNK)
         columns = g[:, None] * 128 + tl.arange(0, 128)[None, :]
         inside = (g < L.G)[:, None]
-        value = tl.load(x + row * L.H + columns, mask=inside, other=0.0).to(tl.float32)
+        value = (head if start == 0 else _load_tiles(x, row, start, L, CHUNK)).to(tl.float32)
         scale = tl.div_rn(tl.maximum(tl.max(tl.abs(value), 1), 1e-4), 448.0)
         if POW2:
             scale = casts.power_of_two_at_least(scale)
-            # A power of two has an exact reciprocal, and a product is cheaper.
-            q = casts.to_e4m3(value * tl.div_rn(1.0, scale)[:, None])
-        else:
-            q = casts.to_e4m3(tl.div_rn(value, scale[:, None]))
+        q = casts.to_e4m3(casts.divide(value, scale[:, None], POW2))
         for r in tl.static_range(R):
             if has_bit(hits, r):
-                to = tl.load(peers + r) + offset
+                to = pick(bases, r, L) + offset
                 tl.store(aligned(to, tl.uint8) + columns, q, mask=inside)
                 tl.store(aligned(to + L.H, tl.float32) + g, scale, mask=g < L.G)
 
 
 @triton.jit
 def _send_token(
-    t, x, ids, weights, scales, peers, block, mask, hits_out, report, rank,
+    t, x, ids, weights, scales, bases, block, mask, hits_out, report, rank,
     MODE: tl.constexpr, WEIGHTS: tl.constexpr, WORDS: tl.constexpr, L: tl.constexpr, SCAN: tl.constexpr,
     CHUNK_WORDS: tl.constexpr, CHUNK_GROUPS: tl.constexpr,
 ):  # fmt: skip
     R: tl.constexpr = L.R
+    QUANTISED: tl.constexpr = MODE == 1 or MODE == 2
     k = tl.arange(0, L.K_PAD)
+    row = t.to(tl.int64)
+    # Loads first, and all of them: what follows waits for memory only once.
     raw = tl.load(ids + t * L.K + k, mask=k < L.K, other=-1).to(tl.int64)
+    if QUANTISED:
+        head = _load_tiles(x, row, 0, L, CHUNK_GROUPS)
+    else:
+        head = _load_words(x, row, 0, WORDS, CHUNK_WORDS)
+    if WEIGHTS:
+        weight = tl.load(weights + t * L.K + k, mask=k < L.K, other=0.0)
+
     own = _check(raw, k, t, report, L)
     owner = tl.where(own >= 0, own // L.E_L, -1)
     one = tl.full([], 1, tl.int64)
     hits = tl.reduce(tl.where(own >= 0, one << tl.maximum(owner, 0).to(tl.int64), 0), 0, either) & mask
     tl.store(hits_out + t, hits)
     place = rank * L.M + t
-    row = t.to(tl.int64)
     offset = block + L.rows + place.to(tl.int64) * L.row_stride
-    if MODE == 1 or MODE == 2:
-        _send_quantised(x, row, offset, hits, peers, MODE == 2, L, CHUNK_GROUPS)
+    if QUANTISED:
+        _send_quantised(head, x, row, offset, hits, bases, MODE == 2, L, CHUNK_GROUPS)
     else:
-        _send_words(x, row, offset, hits, peers, WORDS, L, CHUNK_WORDS)
+        _send_words(head, x, row, offset, hits, bases, WORDS, L, CHUNK_WORDS)
     if MODE == 3 or MODE == 4:
-        _send_scales(scales, row, offset, hits, peers, t, report, MODE == 4, L)
+        _send_scales(scales, row, offset, hits, bases, t, report, MODE == 4, L)
     index = _earlier_rows(ids, own, t, L, SCAN)
     word = (index << L.EXPERT_BITS) | (own - owner * L.E_L)
-    if WEIGHTS:
-        weight = tl.load(weights + t * L.K + k, mask=k < L.K, other=0.0)
     for r in tl.static_range(R):
         if has_bit(mask, r):
-            to = tl.load(peers + r) + block + place.to(tl.int64) * (L.K * 4)
+            to = pick(bases, r, L) + block + place.to(tl.int64) * (L.K * 4)
             here = tl.where(owner == r, word, -1)
             tl.store((to + L.table).to(tl.pointer_type(tl.int32)) + k, here, mask=k < L.K)
             if WEIGHTS:
@@ -175,33 +195,36 @@ def _dispatch_send(
 ):  # fmt: skip
     pid = tl.program_id(0)
     senders = tl.num_programs(0) - COUNTERS
+    r = tl.arange(0, L.R_PAD)
+    bases = tl.load(peers + r, mask=r < L.R, other=0)
     step = tl.load(live + L.LIVE_STEP) + 1
-    changed = step >= tl.load(control + L.NEXT_STEP)
-    mask = tl.load(control + tl.where(changed, L.NEXT_MASK, L.MASK))
-    epoch = tl.load(control + tl.where(changed, L.NEXT_EPOCH, L.EPOCH))
+    begins = tl.load(control + L.NEXT_STEP)
+    mask = tl.load(control + L.MASK)
+    epoch = tl.load(control + L.EPOCH)
+    next_mask = tl.load(control + L.NEXT_MASK)
+    next_epoch = tl.load(control + L.NEXT_EPOCH)
+    mask = tl.where(step >= begins, next_mask, mask)
+    epoch = tl.where(step >= begins, next_epoch, epoch)
     block = (step & 1) * L.parity_bytes
 
     if pid < senders:
         for t in range(pid, tokens, senders):
             _send_token(
-                tl.full([], 0, tl.int32) + t, x, ids, weights, scales, peers, block, mask, hits, report, rank,
+                tl.full([], 0, tl.int32) + t, x, ids, weights, scales, bases, block, mask, hits, report, rank,
                 MODE, WEIGHTS, WORDS, L, SCAN, CHUNK_WORDS, CHUNK_GROUPS,
             )  # fmt: skip
     else:
         e = (pid - senders) * EXPERTS + tl.arange(0, EXPERTS)
-        count = _earlier_rows(ids, e, tokens, L, SCAN)
         owner = tl.minimum(e // L.E_L, L.R - 1)
         on = (e < L.E) & has_bit(mask, owner.to(tl.int64))
         to = tl.load(peers + owner, mask=on, other=0) + block + L.counts
         to += (rank * L.E_L + e - owner * L.E_L).to(tl.int64) * 4
-        tl.store(to.to(tl.pointer_type(tl.int32)), count, mask=on)
+        tl.store(to.to(tl.pointer_type(tl.int32)), _earlier_rows(ids, e, tokens, L, SCAN), mask=on)
 
-    r = tl.arange(0, L.R_PAD)
     if pid == senders:
         on = (r < L.R) & has_bit(mask, r.to(tl.int64))
-        to = tl.load(peers + r, mask=on, other=0) + block + L.headers + rank * (8 * L.HEADER_WORDS)
-        header = to.to(tl.pointer_type(tl.int64))
-        zero = (tl.arange(0, L.R_PAD) * 0).to(tl.int64)
+        header = (bases + block + L.headers + rank * (8 * L.HEADER_WORDS)).to(tl.pointer_type(tl.int64))
+        zero = (r * 0).to(tl.int64)
         tl.store(header + L.HEADER_STEP, step + zero, mask=on)
         tl.store(header + L.HEADER_EPOCH, epoch + zero, mask=on)
         tl.store(header + L.HEADER_INCARNATION, tl.load(control + L.INCARNATION) + zero, mask=on)
@@ -209,15 +232,14 @@ def _dispatch_send(
         tl.store(header + L.HEADER_BITS, BITS + zero, mask=on)
 
     if is_last(live + (L.FINISHED + L.DISPATCH)):
-        zero64 = tl.full([], 0, tl.int64)
+        flags = block + L.flags + L.DISPATCH * L.R * 8
+        raise_flags(bases, flags, rank, 2 * step + (r * 0).to(tl.int64), mask, L)
         tl.store(handle + L.STEP, step)
         tl.store(handle + L.VIEW_MASK, mask)
         tl.store(handle + L.VIEW_EPOCH, epoch)
         rest = L.RECEIVED + tl.arange(0, 16)
-        tl.store(handle + rest, zero64 + rest * 0, mask=rest < L.VERDICT + L.PHASES)
+        tl.store(handle + rest, (rest * 0).to(tl.int64), mask=rest < L.VERDICT + L.PHASES)
         tl.store(live + L.LIVE_STEP, step)
-        value = 2 * step + (tl.arange(0, L.R_PAD) * 0).to(tl.int64)
-        raise_flags(peers, block + L.flags + L.DISPATCH * L.R * 8, rank, value, mask, L)
 
 
 def dispatch_send(
@@ -242,31 +264,38 @@ def dispatch_send(
     quantise = mode in (QUANTISE, QUANTISE_POW2)
     rows = x if quantise else x.view(torch.int32)
     counters = -(-layout.E // EXPERTS_A_PROGRAM)
-    options: dict[str, Any] = {"num_warps": _WARPS}
-    _dispatch_send[(min(tokens, _MOST_PROGRAMS) + counters,)](
-        rows,
-        ids,
-        weights if weights is not None else ids,
-        scales.view(torch.int32) if scales is not None else ids,
-        peers,
-        control,
-        live,
-        handle,
-        hits,
-        report,
-        tokens,
-        rank,
-        MODE=mode,
-        WEIGHTS=weights is not None,
-        BITS=header_bits(mode, weights is not None),
-        WORDS=layout.H * x.element_size() // 4,
-        COUNTERS=counters,
-        EXPERTS=EXPERTS_A_PROGRAM,
-        SCAN=_SCAN,
-        CHUNK_WORDS=min(_CHUNK_WORDS, power_of_two_at_least(layout.H * x.element_size() // 4)),
-        CHUNK_GROUPS=min(_CHUNK_GROUPS, power_of_two_at_least(layout.G)),
-        L=layout,
-        **options,
+    words = layout.H * x.element_size() // 4
+    launch(
+        _dispatch_send,
+        min(tokens, _MOST_PROGRAMS) + counters,
+        (
+            rows,
+            ids,
+            weights if weights is not None else ids,
+            scales.view(torch.int32) if scales is not None else ids,
+            peers,
+            control,
+            live,
+            handle,
+            hits,
+            report,
+            tokens,
+            rank,
+        ),
+        (
+            mode,
+            weights is not None,
+            header_bits(mode, weights is not None),
+            words,
+            counters,
+            EXPERTS_A_PROGRAM,
+            _SCAN,
+            min(_CHUNK_WORDS, power_of_two_at_least(words)),
+            min(_CHUNK_GROUPS, power_of_two_at_least(layout.G)),
+            layout,
+        ),
+        (rows.dtype, ids.dtype),
+        num_warps=_WARPS,
     )
 
 

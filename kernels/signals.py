@@ -64,6 +64,13 @@ def aligned(address, dtype: tl.constexpr):
 
 
 @triton.jit
+def pick(values, index, L: tl.constexpr):
+    """values[index] of a tensor [R_PAD] that is in registers."""
+    r = tl.arange(0, L.R_PAD)
+    return tl.sum(tl.where(r == index, values, 0), 0)
+
+
+@triton.jit
 def either(a, b):
     """For tl.reduce: bitwise or."""
     return a | b
@@ -139,7 +146,8 @@ def wait(region, handle, control, alive, PHASE: tl.constexpr, want, step, L: tl.
         while ((bits & want) != want) & ((bits & _OVER) == 0):
             if polls == _SPINS:
                 tl.atomic_cas(deadline, tl.full([], 0, tl.int64), now() + tl.load(control + L.BUDGET_NS))
-            if polls % _LOOKS == _LOOKS - 1:
+            # One program looks for all: thousands that read one word of host memory at once take milliseconds.
+            if (tl.program_id(0) == 0) & (polls % _LOOKS == _LOOKS - 1):
                 gone = want & ~_uniform(alive, LANES)
                 if (gone & ~bits) != 0:
                     tl.atomic_min(deadline, now() + MARGIN_NS)
@@ -170,13 +178,12 @@ def is_last(counter):
 
 
 @triton.jit
-def raise_flags(peers, offset, rank, value, mask, L: tl.constexpr):
+def raise_flags(bases, offset, rank, value, mask, L: tl.constexpr):
     """Store this rank's flag on every rank in `mask`, with release. Only for the program for which `is_last` was True.
 
-    peers: int64 [R], addresses of the regions; offset: of the phase's flags in the region; value: int64 [R_PAD].
+    bases: int64 [R_PAD], addresses of the regions; offset: of the phase's flags in the region; value: int64 [R_PAD].
     """
-    tl.debug_barrier()
     r = tl.arange(0, L.R_PAD)
     on = (r < L.R) & has_bit(mask, r.to(tl.int64))
-    address = tl.load(peers + r, mask=on, other=0) + offset + rank * 8
+    address = bases + offset + rank * 8
     tl.atomic_xchg(address.to(tl.pointer_type(tl.int64)), value, mask=on, sem="release", scope="sys")

@@ -10,22 +10,25 @@ Memory-ordering contract
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 
 from moe_a2a.gpu.layout import Layout
-from moe_a2a.kernels.signals import has_bit, is_last, raise_flags
+from moe_a2a.kernels.launch import launch
+from moe_a2a.kernels.signals import has_bit, is_last, pick, raise_flags
 
 _WARPS = 4
 _TOKENS = 16  # tokens of a program
 
 
 @triton.jit(do_not_specialize=["tokens", "rank"])
-def _weights_push(weights, peers, live, handle, hits, tokens, rank, TOKENS: tl.constexpr, L: tl.constexpr):
+def _weights_push(
+    weights, peers, live, handle, hits, tokens, rank, TOKENS: tl.constexpr, L: tl.constexpr
+):  # fmt: skip
     R: tl.constexpr = L.R
+    lane = tl.arange(0, L.R_PAD)
+    bases = tl.load(peers + lane, mask=lane < L.R, other=0)
     step = tl.load(handle + L.STEP)
     mask = tl.load(handle + L.VIEW_MASK)
     block = (step & 1) * L.parity_bytes
@@ -36,13 +39,13 @@ def _weights_push(weights, peers, live, handle, hits, tokens, rank, TOKENS: tl.c
     hit = tl.load(hits + t, mask=t < tokens, other=0)
     for r in tl.static_range(R):
         if has_bit(mask, r):
-            to = (tl.load(peers + r) + block + L.weights).to(tl.pointer_type(tl.float32))
+            to = (pick(bases, r, L) + block + L.weights).to(tl.pointer_type(tl.float32))
             at = (rank * L.M + t)[:, None] * L.K + k[None, :]
             tl.store(to + at, value, mask=inside & has_bit(hit, r)[:, None])
 
     if is_last(live + (L.FINISHED + L.WEIGHTS)):
-        flag = 2 * step + (tl.arange(0, L.R_PAD) * 0).to(tl.int64)
-        raise_flags(peers, block + L.flags + L.WEIGHTS * L.R * 8, rank, flag, mask, L)
+        flag = 2 * step + (lane * 0).to(tl.int64)
+        raise_flags(bases, block + L.flags + L.WEIGHTS * L.R * 8, rank, flag, mask, L)
 
 
 def weights_push(
@@ -57,7 +60,11 @@ def weights_push(
 ) -> None:
     """Launch. weights: fp32 [T, K]; hits: int64 [M], written by dispatch_send. The others: `Layout`."""
     tokens = weights.shape[0]
-    options: dict[str, Any] = {"num_warps": _WARPS}
-    _weights_push[(max(1, -(-tokens // _TOKENS)),)](
-        weights, peers, live, handle, hits, tokens, rank, TOKENS=_TOKENS, L=layout, **options
+    launch(
+        _weights_push,
+        max(1, -(-tokens // _TOKENS)),
+        (weights, peers, live, handle, hits, tokens, rank),
+        (_TOKENS, layout),
+        (),
+        num_warps=_WARPS,
     )

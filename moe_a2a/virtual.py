@@ -112,8 +112,8 @@ class VirtualGroup:
             rank.dispatch_send(rows, ids, weights, scales=row_scales, fp8=fp8, channel=channel)
             for rank, rows, ids, weights, row_scales in zip(
                 self.ranks,
-                self._each("x", x),
-                self._each("topk_ids", topk_ids),
+                self._all("x", x),
+                self._all("topk_ids", topk_ids),
                 self._each("topk_weights", topk_weights),
                 self._each("scales", scales),
                 strict=True,
@@ -137,7 +137,7 @@ class VirtualGroup:
         if topk_weights is not None:
             for rank, handle, weights in zip(self.ranks, handles, topk_weights, strict=True):
                 rank.weights_push(handle, weights)
-        for rank, handle, rows in zip(self.ranks, handles, self._each("y", y), strict=True):
+        for rank, handle, rows in zip(self.ranks, handles, self._all("y", y), strict=True):
             rank.combine_send(rows, handle)
         outs = self._each("out", out)
         return [r.combine_recv(h, out=o) for r, h, o in zip(self.ranks, handles, outs, strict=True)]
@@ -147,12 +147,13 @@ class VirtualGroup:
         for rank in self.ranks:
             rank.check()
 
-    def _each(self, name: str, values: Sequence[torch.Tensor] | None) -> Sequence[torch.Tensor | None]:
-        if values is None:
-            return [None] * len(self.ranks)
+    def _all(self, name: str, values: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         if len(values) != len(self.ranks):
             raise InputError(f"{name} has {len(values)} entries; give one for each of the {len(self.ranks)} ranks")
         return values
+
+    def _each(self, name: str, values: Sequence[torch.Tensor] | None) -> Sequence[torch.Tensor | None]:
+        return [None] * len(self.ranks) if values is None else self._all(name, values)
 
 
 def _device(device: str | torch.device) -> torch.device:

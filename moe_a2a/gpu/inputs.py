@@ -15,23 +15,27 @@ def check_tensor(
     name: str, value: object, shape: Sequence[int | str], dtypes: Sequence[torch.dtype], device: torch.device
 ) -> torch.Tensor:
     """A contiguous tensor on `device` of this shape (a string stands for any size) and one of these dtypes."""
-    text = f"[{', '.join(map(str, shape))}]"
     if not isinstance(value, torch.Tensor):
-        raise InputError(f"{name} is a {type(value).__name__}; give a torch tensor {text}")
+        raise InputError(f"{name} is a {type(value).__name__}; give a torch tensor {_text(shape)}")
     if value.device != device:
         raise InputError(f"{name} is on {value.device}; this rank's device is {device}: give a tensor there")
     if value.dtype not in dtypes:
         raise InputError(f"{name} has dtype {value.dtype}; allowed: {', '.join(map(str, dtypes))}")
-    fits = value.dim() == len(shape) and all(
-        isinstance(want, str) or have == want for have, want in zip(value.shape, shape, strict=True)
-    )
-    if not fits:
-        raise InputError(f"{name} has shape {list(value.shape)}; expected {text}")
+    if value.shape != shape and not _fits(value.shape, shape):  # usually equal, and this runs at every call
+        raise InputError(f"{name} has shape {list(value.shape)}; expected {_text(shape)}")
     if not value.is_contiguous():
         raise InputError(f"{name} has strides {value.stride()}; give a contiguous tensor (.contiguous())")
     if value.data_ptr() % 16:
         raise InputError(f"{name} starts at an address that is no multiple of 16 bytes; give a copy (.clone())")
-    return value.detach()
+    return value.detach() if value.requires_grad else value
+
+
+def _text(shape: Sequence[int | str]) -> str:
+    return f"[{', '.join(map(str, shape))}]"
+
+
+def _fits(have: torch.Size, want: Sequence[int | str]) -> bool:
+    return len(have) == len(want) and all(isinstance(w, str) or h == w for h, w in zip(have, want, strict=True))
 
 
 def check_tokens(config: Config, x: object, fp8: ScaleFormat | None, device: torch.device) -> torch.Tensor:

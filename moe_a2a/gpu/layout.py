@@ -130,31 +130,31 @@ class Layout:
         )
 
     @cached_property
-    def E_L(self) -> int:
+    def E_L(self) -> int:  # noqa: N802
         """Experts of one rank."""
         return self.E // self.R
 
     @cached_property
-    def G(self) -> int:
+    def G(self) -> int:  # noqa: N802
         """Scales of a row."""
         return self.H // GROUP
 
     @cached_property
-    def CAP(self) -> int:
+    def CAP(self) -> int:  # noqa: N802
         """Rows of an expert's block in the masked layout."""
         return self.R * self.M
 
     @cached_property
-    def R_PAD(self) -> int:
+    def R_PAD(self) -> int:  # noqa: N802
         return power_of_two_at_least(self.R)
 
     @cached_property
-    def K_PAD(self) -> int:
+    def K_PAD(self) -> int:  # noqa: N802
         return power_of_two_at_least(self.K)
 
     @cached_property
     def row_stride(self) -> int:
-        """Bytes from one dispatched row to the next: a plain row, or an FP8 row with its scales, whichever is longer."""
+        """Bytes from one dispatched row to the next: the longer of a plain row, and an FP8 row with its scales."""
         fp8 = self.H + 4 * self.G
         return _round_up(fp8 if self.fp8_only else max(fp8, self.sum_stride), 16)
 
@@ -222,6 +222,13 @@ class Layout:
     def _text(self) -> str:
         fields = (self.R, self.E, self.H, self.K, self.M, self.itemsize, int(self.fp8_only))
         return "Layout_" + "_".join(map(str, fields))
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self._text)
+
+    def __hash__(self) -> int:
+        return self._hash  # part of a key at every launch
 
     def __repr__(self) -> str:
         # Triton keys its caches on this at every launch, so it is short, made once, and legal in a symbol's name.
