@@ -139,7 +139,6 @@ class AllToAll:
             error.handle = handle
             raise
 
-    @torch.no_grad()
     def dispatch_send(
         self,
         x: torch.Tensor,
@@ -165,7 +164,6 @@ class AllToAll:
         """
         return self._backend.dispatch_send(x, topk_ids, topk_weights, scales, fp8, channel)
 
-    @torch.no_grad()
     def dispatch_recv(
         self, handle: Handle, *, layout: Layout = "masked", alignment: int = 128, out: torch.Tensor | None = None
     ) -> Dispatched:
@@ -195,7 +193,6 @@ class AllToAll:
         self.combine_send(y, handle, topk_weights)
         return self.combine_recv(handle, out=out)
 
-    @torch.no_grad()
     def combine_send(self, y: torch.Tensor, handle: Handle, topk_weights: torch.Tensor | None = None) -> None:
         """Reduce the experts' outputs for each received token and send one row back to its rank.
 
@@ -207,7 +204,6 @@ class AllToAll:
         """
         self._backend.combine_send(y, handle, topk_weights)
 
-    @torch.no_grad()
     def combine_recv(self, handle: Handle, *, out: torch.Tensor | None = None) -> torch.Tensor:
         """Wait for the sums and add them up. Returns [T, H] of config.dtype, in `out` if given. Ends the step.
 

@@ -58,6 +58,7 @@ class CpuBackend:
             dtype = FP8 if fp8 is not None or (isinstance(x, torch.Tensor) and x.dtype == FP8) else self.config.dtype
             self._unpacker.check_out(layout, out, dtype)
 
+    @torch.no_grad()
     def dispatch_send(
         self,
         x: torch.Tensor,
@@ -99,6 +100,7 @@ class CpuBackend:
         self._each(lambda transport: transport.send_dispatch(step))
         return Handle(self, step, fp8)
 
+    @torch.no_grad()
     def dispatch_recv(self, handle: Handle, layout: Layout, alignment: int, out: torch.Tensor | None) -> Dispatched:
         step = self._step(handle, Phase.SENT)
         if not step.arrivals:
@@ -122,6 +124,7 @@ class CpuBackend:
         step = self._step(handle, Phase.RECEIVED, Phase.COMBINING)
         checks.check_matrix("out", out, (step.tokens, self.config.hidden_size), (self.config.dtype,))
 
+    @torch.no_grad()
     def combine_send(self, y: torch.Tensor, handle: Handle, topk_weights: torch.Tensor | None) -> None:
         step = self._step(handle, Phase.RECEIVED)
         assert step.received is not None
@@ -142,6 +145,7 @@ class CpuBackend:
 
         self._each(reduce_and_send)
 
+    @torch.no_grad()
     def combine_recv(self, handle: Handle, out: torch.Tensor | None) -> torch.Tensor:
         step = self._step(handle, Phase.COMBINING)
         if out is not None:

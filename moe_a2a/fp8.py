@@ -30,7 +30,8 @@ def quantize(x: torch.Tensor, power_of_two: bool = False) -> tuple[torch.Tensor,
     tokens, hidden = x.shape
     tiles = x.float().view(tokens, hidden // GROUP, GROUP)
     amax = tiles.abs().amax(dim=2).clamp_min(_SMALLEST_AMAX)
-    scales = amax / FP8_MAX
+    # By a tensor: on a GPU torch turns a division by a number into a product with its reciprocal, which rounds twice.
+    scales = amax / amax.new_full((), FP8_MAX)
     if power_of_two:
         scales = _power_of_two_at_least(scales)
     q = (tiles / scales.unsqueeze(2)).to(FP8)

@@ -7,6 +7,7 @@ is copied to pinned host memory now and then, and raised by a later call.
 from __future__ import annotations
 
 import time
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -27,6 +28,7 @@ from moe_a2a.types import Handle, Layout, Masked
 _REPORT_STEPS, _REPORT_S = 32, 0.05
 #: Added to the budget of waits for ranks that may be compiling the same kernels.
 _COMPILE_S = 120.0
+_ALREADY = nullcontext()
 
 
 class GpuBackend:
@@ -85,7 +87,7 @@ class GpuBackend:
     ) -> Handle:
         self._health.check()
         self._look()
-        with torch.cuda.device(self.device):
+        with self._current():
             handle = self.rank.dispatch_send(x, topk_ids, topk_weights, scales=scales, fp8=fp8, channel=channel)
             self._allow_for_compiling(handle)
         return handle
@@ -93,7 +95,7 @@ class GpuBackend:
     def dispatch_recv(self, handle: Handle, layout: Layout, alignment: int, out: torch.Tensor | None) -> Masked:
         self._health.check()
         _check_layout(layout)
-        with torch.cuda.device(self.device):
+        with self._current():
             return self.rank.dispatch_recv(handle, out=out)
 
     # combine
@@ -104,17 +106,16 @@ class GpuBackend:
 
     def combine_send(self, y: torch.Tensor, handle: Handle, topk_weights: torch.Tensor | None) -> None:
         mine, places = self._own(handle), self._layout
-        if mine.phase is Phase.RECEIVED:  # else what follows says what is wrong
-            shape = (places.E_L, places.CAP, places.H)
-            inputs.check_tensor("y", y, shape, (self.config.dtype,), self.device)
-        with torch.cuda.device(self.device):
+        if topk_weights is not None and mine.phase is Phase.RECEIVED:  # nothing is sent if y is refused
+            inputs.check_tensor("y", y, (places.E_L, places.CAP, places.H), (self.config.dtype,), self.device)
+        with self._current():
             if topk_weights is not None:
                 self.rank.weights_push(handle, topk_weights)
             self.rank.combine_send(y, handle)
 
     def combine_recv(self, handle: Handle, out: torch.Tensor | None) -> torch.Tensor:
         self._health.check()
-        with torch.cuda.device(self.device):
+        with self._current():
             result = self.rank.combine_recv(handle, out=out)
             self._ended(handle)
         return result if out is None else out
@@ -123,7 +124,7 @@ class GpuBackend:
         from moe_a2a.gpu.discard import discard
 
         self._health.check()
-        with torch.cuda.device(self.device):
+        with self._current():
             discard(self.rank, handle)
             self._ended(handle)
 
@@ -151,13 +152,14 @@ class GpuBackend:
         """Raise what kernels of this device have found. Waits for the current stream."""
         self._news[:] = NO_BAD_INPUT, 0
         try:
-            with torch.cuda.device(self.device):
+            with self._current():
                 self.rank.check()
         except RankLost as error:
-            known = {rank: self._peers.lost[rank] for rank in error.ranks if rank in self._peers.lost}
-            if known:
-                why = "; ".join(f"rank {rank} {text}" for rank, text in known.items())
-                error = RankLost(f"{error}: {why}", error.ranks)
+            # A death ends waits for others too, who may have been waiting for the same rank: blame the origin.
+            origin = [rank for rank in error.ranks if rank in self._peers.lost]
+            if origin:
+                why = "; ".join(f"rank {rank} {self._peers.lost[rank]}" for rank in origin)
+                error = RankLost(f"{error}: {why}", origin)
             self._break(error)
             raise error from None
 
@@ -180,6 +182,11 @@ class GpuBackend:
         self._since, self._copied = 0, time.monotonic()
 
     # helpers
+
+    def _current(self) -> AbstractContextManager[object]:
+        """Makes this rank's GPU the current one; usually it is, and this runs at every call."""
+        index = self.device.index
+        return _ALREADY if torch.cuda.current_device() == index else torch.cuda.device(index)
 
     def _own(self, handle: Handle) -> GpuHandle:
         self._health.check()
