@@ -395,6 +395,17 @@ def test_the_environment_can_split_a_machine_into_hosts():
     assert run_ranks(_by_environment, 4) == [((0, 2), (1, 3))] * 4
 
 
+def _address_by_environment(ctx: Ctx) -> None:
+    os.environ["MOE_A2A_HOST_ADDRESS"] = "no-such-host.invalid"
+    refusal(RankLost, lambda: ctx.a2a(CONFIG, timeout_s=5.0), "no-such-host.invalid")
+    with ctx.a2a(CONFIG, host_address="127.0.0.1") as a2a:
+        run_step(a2a, CASE, 0, "masked")
+
+
+def test_the_environment_gives_an_address_unless_the_options_do():
+    run_ranks(_address_by_environment, 2, hosts=2)
+
+
 def _host_address(ctx: Ctx) -> None:
     for step, address in enumerate(("127.0.0.1", "localhost")):
         with ctx.a2a(CONFIG, host_address=address) as a2a:
