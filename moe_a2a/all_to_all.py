@@ -220,9 +220,9 @@ class AllToAll:
         """Wait for all ranks' tokens of this step and lay out those for this rank's experts.
 
         layout: "masked", "contiguous" or "grouped"; a rank may choose for itself, unless weights are given at
-        combine: then all take "masked" or "grouped". alignment: rows per expert of the grouped layout are padded to this
-        power of two. out: storage for x: [E_l, R*M, H] (masked), or [rows, H] with
-        rows enough for what arrives. Raises InputError, HandleError, RankLost.
+        combine: then all take "masked" or "grouped". alignment: rows per expert of the grouped layout are padded to
+        this power of two. out: storage for x: [E_l, R*M, H] (masked), or [rows, H] with rows enough for what arrives.
+        Raises InputError, HandleError, RankLost.
         """
         step = self._step(handle, Phase.SENT)
         _check_layout(layout)
