@@ -151,7 +151,11 @@ class AllToAll:
             dtype = FP8 if fp8 is not None or (isinstance(x, torch.Tensor) and x.dtype == FP8) else self.config.dtype
             self._unpacker.check_out(layout, out, dtype)
         handle = self.dispatch_send(x, topk_ids, topk_weights, scales=scales, fp8=fp8, channel=channel)
-        return self.dispatch_recv(handle, layout=layout, alignment=alignment, out=out)
+        try:
+            return self.dispatch_recv(handle, layout=layout, alignment=alignment, out=out)
+        except InputError as error:  # out is too small for what arrived: the step is open, and not to be lost
+            error.handle = handle
+            raise
 
     @torch.no_grad()
     def dispatch_send(
@@ -215,9 +219,10 @@ class AllToAll:
     ) -> Dispatched:
         """Wait for all ranks' tokens of this step and lay out those for this rank's experts.
 
-        layout: "masked", "contiguous" or "grouped"; a rank may choose for itself. alignment: rows per expert of the
-        grouped layout are padded to this power of two. out: storage for x: [E_l, R*M, H] (masked), or [rows, H] with
-        rows enough for what arrives. Raises InputError, HandleError, RankLost.
+        layout: "masked", "contiguous" or "grouped"; a rank may choose for itself, unless weights are given at
+        combine: then all take "masked" or "grouped". alignment: rows per expert of the grouped layout are padded to
+        this power of two. out: storage for x: [E_l, R*M, H] (masked), or [rows, H] with rows enough for what arrives.
+        Raises InputError, HandleError, RankLost.
         """
         step = self._step(handle, Phase.SENT)
         _check_layout(layout)
@@ -260,7 +265,8 @@ class AllToAll:
         y: config.dtype; masked [E_l, R*M, H] or grouped [P, H]: the experts' rows, still to be multiplied by the
             router weights; contiguous [N, H]: one row for each received token, weights already applied.
         topk_weights: fp32 [T, K] of this rank's own tokens, if they were not given at dispatch (masked and grouped
-            layouts). They are sent to the tokens' ranks first, and this call waits for the other ranks' weights.
+            layouts). They are sent to the tokens' ranks first, and this call waits for the other ranks' weights: all
+            ranks then combine their channels in one order.
         Raises InputError, HandleError, RankLost.
         """
         step = self._step(handle, Phase.RECEIVED)

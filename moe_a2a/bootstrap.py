@@ -62,20 +62,26 @@ class GroupBootstrap:
         data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
         sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world_size)]
         try:
-            dist.all_gather(sizes, torch.tensor([data.numel()], device=self.device), group=self.group)
+            self._all_gather(sizes, torch.tensor([data.numel()], device=self.device), timeout_s)
             longest = max(int(s) for s in sizes)
             padded = torch.zeros(longest, dtype=torch.uint8, device=self.device)
             padded[: data.numel()] = data
             parts = [torch.empty_like(padded) for _ in range(self.world_size)]
-            dist.all_gather(parts, padded, group=self.group)
+            self._all_gather(parts, padded, timeout_s)
         except RuntimeError as error:
-            raise RankLost(f"the process group failed while ranks were meeting: {error}", ()) from error
+            message = f"not every rank came to the meeting within {timeout_s:g} s, or the process group failed: {error}"
+            raise RankLost(message, ()) from error
         return [json.loads(bytes(p[: int(s)].tolist())) for p, s in zip(parts, sizes, strict=True)]
+
+    def _all_gather(self, parts: list[torch.Tensor], own: torch.Tensor, timeout_s: float) -> None:
+        work = dist.all_gather(parts, own, group=self.group, async_op=True)
+        assert work is not None
+        work.wait(timedelta(seconds=timeout_s))
 
 
 class StoreBootstrap:
-    """Bootstrap over a key-value store, which may hold keys of earlier meetings, of this process or of ones long "
-    "gone."""
+    """Bootstrap over a key-value store, which may hold keys of earlier meetings, of this process or of ones long
+    gone."""
 
     def __init__(self, store: KeyValue, rank: int, world_size: int) -> None:
         if world_size < 1 or not 0 <= rank < world_size:
@@ -95,8 +101,7 @@ class StoreBootstrap:
         """A prefix for the keys of this meeting alone.
 
         Every rank says a random word and repeats the words of all that it heard; once all repeat the same, nobody
-        heard an
-        old word, because an old answer cannot hold the words of now.
+        heard an old word, because an old answer cannot hold the words of now.
         """
         deadline = time.monotonic() + timeout_s
         word = secrets.token_hex(8)

@@ -106,12 +106,13 @@ class Options:
     timeout_s: seconds that a wait may last before the missing ranks are named (RankLost). Equal on every rank.
     host: label of this rank's host; ranks with one label map each other's memory. None: environment variable
         MOE_A2A_HOST if set, else found out from the machine's boot id and network namespace.
-    protocol: how the Transfer Engine moves rows between hosts: "tcp", "rdma" or another that the engine offers.
+    protocol: how the Transfer Engine moves rows between hosts: "tcp", "rdma", or "efa" where the engine has it.
     device_filter: RDMA devices, comma separated ("mlx5_0,mlx5_1"); "" lets the engine choose.
     metadata_server: "P2PHANDSHAKE" needs no server; "etcd://...", "http://...", "redis://..." go to the engine as
-    given.
+        given.
     host_address: address or name under which other hosts reach this rank's engine. None: environment variable
-        MOE_A2A_HOST_ADDRESS if set, 127.0.0.1 if all ranks are on one machine, else this machine's own address.
+        MOE_A2A_HOST_ADDRESS if set, 127.0.0.1 if all ranks are on one machine and in one network namespace, else this
+        machine's own address.
 
     Raises ConfigError.
     """

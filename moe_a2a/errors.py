@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from moe_a2a.types import Handle
 
 
 class MoeA2AError(RuntimeError):
@@ -14,11 +18,18 @@ class ConfigError(MoeA2AError, ValueError):
 
 
 class InputError(MoeA2AError, ValueError):
-    """A call's arguments are wrong. Nothing was sent; the object and the handle stay usable."""
+    """A call's arguments are wrong. Nothing was sent; the object and the handle stay usable.
+
+    ``handle`` is None, but for a `dispatch` whose ``out`` turned out to have too few rows for what arrived: then it is
+    the handle of that step, for `dispatch_recv` with a larger ``out`` or for `discard`.
+    """
+
+    handle: Handle | None = None
 
 
 class HandleError(MoeA2AError):
-    """A handle was used out of order, twice, or with an object that did not make it. Nothing was sent."""
+    """A handle was used out of order, twice, or with an object that did not make it: nothing was sent. Or some ranks
+    combined a step that others discarded: then the object is broken and must be closed."""
 
 
 class EngineError(MoeA2AError):

@@ -56,6 +56,11 @@ def machine_id() -> str:
         return f.read().strip()
 
 
+def own_network() -> str:
+    """An id that two processes share exactly if they run on one machine and see one loopback device."""
+    return f"{machine_id()}/{os.stat('/proc/self/ns/net').st_ino}"
+
+
 def own_label(override: str | None) -> str:
     """This rank's host label: `override`, else $MOE_A2A_HOST, else boot id and network namespace.
 
@@ -65,4 +70,4 @@ def own_label(override: str | None) -> str:
         override = os.environ.get("MOE_A2A_HOST")
     if override:
         return override
-    return f"{machine_id()}/{os.stat('/proc/self/ns/net').st_ino}"
+    return own_network()

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from moe_a2a.bootstrap import Bootstrap
 from moe_a2a.config import Config, Options
 from moe_a2a.errors import ConfigError, EngineError, MoeA2AError, RankLost
-from moe_a2a.hosts import HostMap, machine_id, own_label
+from moe_a2a.hosts import HostMap, machine_id, own_label, own_network
 from moe_a2a.transport.arena import Arena
 from moe_a2a.transport.engine import Engine
 from moe_a2a.transport.handover import FdServer, fetch_fd
@@ -106,6 +106,7 @@ def _meet(config: Config, options: Options, bootstrap: Bootstrap, stack: ExitSta
             "options": options.as_json(),
             "host": own_label(options.host),
             "machine": machine_id(),
+            "network": own_network(),
             "incarnation": secrets.randbits(63),
         }
 
@@ -114,7 +115,7 @@ def _meet(config: Config, options: Options, bootstrap: Bootstrap, stack: ExitSta
     hosts = HostMap.from_labels([hello["host"] for hello in hellos])
     incarnations = {r: int(hello["incarnation"]) for r, hello in enumerate(hellos)}
     peers = hosts.peers(rank)
-    one_machine = len({hello["machine"] for hello in hellos}) == 1
+    one_network = len({hello["network"] for hello in hellos}) == 1
     several_hosts = len(hosts.ranks_of) > 1
     layout = RegionLayout.of(config, hosts, hosts.host_of[rank])
     machine_total = sum(
@@ -131,10 +132,10 @@ def _meet(config: Config, options: Options, bootstrap: Bootstrap, stack: ExitSta
         stack.callback(server.close)
         engine = None
         if several_hosts:
-            address = options.host_address or os.environ.get("MOE_A2A_HOST_ADDRESS") or _own_address(one_machine)
+            address = options.host_address or os.environ.get("MOE_A2A_HOST_ADDRESS") or _own_address(one_network)
             engine = Engine.get(address, options.protocol, options.device_filter, options.metadata_server)
-            start = memory.address(memory.index)
-            engine.register(start, layout.nbytes)
+            start = memory.address(memory.index, layout.engine_start)
+            engine.register(start, layout.nbytes - layout.engine_start)
             stack.callback(engine.unregister, start)
         return memory, server, engine
 
@@ -212,9 +213,9 @@ def _check_memory(config: Config, world: int, region: int, machine_total: int) -
         )
 
 
-def _own_address(one_machine: bool) -> str:
+def _own_address(one_network: bool) -> str:
     """Where other hosts reach this rank, when nobody said."""
-    if one_machine:
+    if one_network:
         return "127.0.0.1"
     name = socket.gethostname()
     try:

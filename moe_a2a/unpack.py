@@ -161,7 +161,8 @@ class Unpacker:
         self.check_out(purpose, out, dtype)
         if out.shape[0] < shape[0]:
             raise InputError(
-                f"out has {out.shape[0]} rows and this rank received {shape[0]}; give a larger one, or none"
+                f"out has {out.shape[0]} rows and this rank received {shape[0]}; give dispatch_recv a larger one, "
+                "or none"
             )
         return out[: shape[0]]
 

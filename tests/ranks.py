@@ -1,7 +1,7 @@
 """Runs a function on several ranks, each a process of its own, forked from one preloaded server process.
 
-A test hands over a module-level function `fn(ctx, *args)`; every rank gets a `Ctx` and its return value comes back in rank order. An
-exception on a rank is raised in the test, with the rank's traceback.
+A test hands over a module-level function `fn(ctx, *args)`; every rank gets a `Ctx` and its return value comes back in
+rank order. An exception on a rank is raised in the test, with the rank's traceback.
 """
 
 from __future__ import annotations
@@ -112,7 +112,8 @@ def run_ranks(
     timeout: float = 120.0,
     dies: Sequence[int] = (),
 ) -> list[Any]:
-    """Run `fn(ctx, *args)` on `world` ranks. Returns their results in rank order (None for ranks in `dies`, which must die)."""
+    """Run `fn(ctx, *args)` on `world` ranks. Returns their results in rank order (None for ranks in `dies`, which must
+    die)."""
     processes, connections, store = start_ranks(fn, world, *args, hosts=hosts, order=order)
     results: list[Any] = [None] * world
     failures: dict[int, str] = {}  # the first to fail comes first: the others often fail because of it
@@ -122,7 +123,7 @@ def run_ranks(
         while left:
             ready = wait(list(left), timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
-                failures.update({rank: f"did not end within {timeout:g} s" for rank in left.values()})
+                failures.update(dict.fromkeys(left.values(), "had not ended when this was given up"))
                 break
             for connection in ready:
                 rank = left.pop(connection)  # type: ignore[index,arg-type]
@@ -154,8 +155,8 @@ def _end(processes: Sequence[Any], patience: float) -> None:
 
 
 class RankPool:
-    """Ranks that stay and run one function after another: for tests with many small examples. Starts when first called, and again
-    after a failure."""
+    """Ranks that stay and run one function after another: for tests with many small examples. Starts when first called,
+    and again after a failure."""
 
     def __init__(self, labels: Sequence[str]) -> None:
         self._labels = list(labels)
@@ -176,7 +177,7 @@ class RankPool:
         while left:
             ready = wait(list(left), timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
-                failures.update({rank: f"did not answer within {timeout:g} s" for rank in left.values()})
+                failures.update(dict.fromkeys(left.values(), "had not answered when this was given up"))
                 break
             for reply in ready:
                 rank = left.pop(reply)  # type: ignore[index,arg-type]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import select
 import signal
 import socket
 import time
@@ -65,7 +66,7 @@ def _write_to_peer(ctx) -> None:
     server = FdServer(own.fd, 1, 10)
     ctx.store.set(f"place/{ctx.rank}", f"{server.name} {server.token}")
     name, token = ctx.store.get(f"place/{1 - ctx.rank}").decode().split()
-    fd, _ = fetch_fd(1 - ctx.rank, name, token, 10)
+    fd, pid = fetch_fd(1 - ctx.rank, name, token, 10)
     own.map_peer(1 - ctx.rank, fd)
     own.tensor(ctx.rank, 4096, (1,), torch.int64).fill_(100 + ctx.rank)
     ctx.barrier("written")
@@ -74,9 +75,10 @@ def _write_to_peer(ctx) -> None:
     if ctx.rank == 1:
         own.tensor(0, 4096, (1,), torch.int64).fill_(0)  # ends the process
         raise AssertionError("wrote to the region of rank 0")
-    pid, status = 0, None
-    ctx.store.wait(["place/1"])
-    assert int(own.tensor(0, 4096, (1,), torch.int64)) == 100, (pid, status)
+    gone = select.poll()
+    gone.register(os.pidfd_open(pid), select.POLLIN)
+    assert gone.poll(10_000)
+    assert int(own.tensor(0, 4096, (1,), torch.int64)) == 100
 
 
 def test_a_peer_that_writes_to_a_region_it_has_mapped_dies_of_it():
@@ -94,8 +96,8 @@ def test_a_caller_without_the_token_gets_no_descriptor(server, token):
         caller.shutdown(socket.SHUT_WR)
         data, fds, _, _ = socket.recv_fds(caller, 1, 4)
         assert (data, fds) == (b"", [])
-    if token:
-        with pytest.raises((MoeA2AError, RankLost), match="rank 3"):
+    if len(token) == 32:
+        with pytest.raises(MoeA2AError, match="rank 3 refused"):
             fetch_fd(3, server.name, token, 5)
     fd, _ = fetch_fd(0, server.name, server.token, 5)  # the right one is still served
     os.close(fd)
@@ -103,9 +105,8 @@ def test_a_caller_without_the_token_gets_no_descriptor(server, token):
 
 def test_a_server_stops_once_all_expected_callers_were_served(server):
     os.close(fetch_fd(0, server.name, server.token, 5)[0])
-    with pytest.raises((MoeA2AError, RankLost)) as caught:
+    with pytest.raises(MoeA2AError, match="rank 0"):
         os.close(fetch_fd(0, server.name, server.token, 0.5)[0])
-    assert "rank 0" in str(caught.value)
 
 
 def test_a_rank_that_is_not_on_this_host_is_named_with_the_way_out():

@@ -9,8 +9,8 @@ from steps import DTYPES
 
 from moe_a2a.rows import gather, gather_segments, sum_rows
 
-#: Largest error relative to the sum of the terms' magnitudes: one rounding to the dtype (half a unit in the last place; bf16's
-#: kernels round ties away from zero), and fp32 sums.
+#: Largest error relative to the sum of the terms' magnitudes: one rounding to the dtype (half a unit in the last place;
+#: bf16's kernels round ties away from zero), and fp32 sums.
 ROUNDING = {torch.bfloat16: 2.0**-8 * 1.01, torch.float16: 2.0**-11 * 1.01, torch.float32: 2.0**-21}
 
 

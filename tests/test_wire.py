@@ -1,4 +1,4 @@
-"""Records: believed only when they are whole, of the right kind and step, and from the process that they should be from."""
+"""Records: believed only when whole, of the right kind and step, and from the process that they should be from."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ records = st.builds(
     status=st.sampled_from(Status),
     missing=st.integers(NO_RANK, 2**31 - 1),
     nbytes=st.integers(0, 2**64 - 1),
-    epoch=st.integers(0, 2**64 - 1),
+    epoch=st.integers(0, 2**32 - 1),
 )
 
 

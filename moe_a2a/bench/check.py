@@ -10,7 +10,7 @@ from moe_a2a.bench.cases import Case
 from moe_a2a.types import Contiguous, Masked
 
 #: Largest difference allowed between combine and the oracle, relative to 1 + |expected|: a partial sum and the final
-# : sum may each : fall on the other side of a rounding of the payload dtype.
+#: sum may each fall on the other side of a rounding of the payload dtype.
 TOLERANCE = {torch.bfloat16: 2**-6, torch.float16: 2**-9, torch.float32: 2**-18}
 
 

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from moe_a2a.bench.ours import outgoing
 from moe_a2a.combine import reduce_partials, sum_contributions
 from moe_a2a.config import Config
-from moe_a2a.fp8 import ScaleFormat, quantize
-from moe_a2a.routing import Arrival, Contribution, rank_hits, receive
+from moe_a2a.fp8 import ScaleFormat
+from moe_a2a.routing import Arrival, Contribution, receive
 from moe_a2a.rows import gather
-from moe_a2a.step import Outgoing, Phase, RowFormat, Step
+from moe_a2a.step import Phase, RowFormat, Step
 from moe_a2a.types import Contiguous, Grouped, Handle, Layout, Masked
 from moe_a2a.unpack import Unpacker
 from moe_a2a.workload import Inputs
@@ -66,9 +67,9 @@ class GlooAllToAll:
         sum_contributions(_Returned(self), parts, out)
         return out
 
-    def transport(self) -> None:
+    def transport(self, fp8: ScaleFormat | None) -> None:
         """Only move rows, both ways, as many as in the last dispatch; their places and numbers are known."""
-        self._move_rows(RowFormat.PLAIN)
+        self._move_rows(RowFormat.PLAIN if fp8 is None else RowFormat.FP8)
         self._move_sums()
 
     # places of rows (combine.RowPlaces)
@@ -87,18 +88,13 @@ class GlooAllToAll:
     # moves
 
     def _pack(self, inputs: Inputs, fp8: ScaleFormat | None) -> Step:
-        rows, scales, row_format = inputs.x, None, RowFormat.PLAIN
-        if fp8 is not None:
-            q, scales = quantize(rows, fp8 != "fp32")
-            rows, row_format = q.view(torch.uint8), RowFormat.FP8
-        ids = inputs.topk_ids.numpy().astype(np.int32)
-        hits = rank_hits(ids, self._experts, self._world)
+        out, row_format = outgoing(inputs, fp8, self._experts, self._world)
         self._number += 1
-        step = Step(0, "gloo", self._number, row_format, Outgoing(rows, ids, inputs.topk_weights.numpy(), scales, hits))
+        step = Step(0, "gloo", self._number, row_format, out)
         send, first, sizes = self._view(0, row_format), 0, []
         for rank in range(self._world):
-            index = np.flatnonzero(hits[:, rank])
-            gather(rows, index, send[first : first + len(index)])
+            index = np.flatnonzero(out.hits[:, rank])
+            gather(out.rows, index, send[first : first + len(index)])
             first += len(index)
             sizes.append(len(index))
         self._sizes = (sizes, [])

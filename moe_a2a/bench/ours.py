@@ -9,8 +9,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from moe_a2a.all_to_all import AllToAll
+from moe_a2a.fp8 import ScaleFormat, quantize
 from moe_a2a.routing import rank_hits
 from moe_a2a.step import Outgoing, RowFormat, Step
 from moe_a2a.transport.rail import RailTransport
@@ -27,6 +29,17 @@ class Stamps:
     combine: tuple[int, int]
 
 
+def outgoing(inputs: Inputs, fp8: ScaleFormat | None, experts: int, world: int) -> tuple[Outgoing, RowFormat]:
+    """Inputs as rows to be sent, quantised if asked for. experts: E_l."""
+    rows, scales, row_format = inputs.x, None, RowFormat.PLAIN
+    if fp8 is not None:
+        q, scales = quantize(rows, fp8 != "fp32")
+        rows, row_format = q.view(torch.uint8), RowFormat.FP8
+    ids = inputs.topk_ids.numpy().astype(np.int32)
+    weights = inputs.topk_weights.numpy()
+    return Outgoing(rows, ids, weights, scales, rank_hits(ids, experts, world)), row_format
+
+
 class TransportOnly:
     """Moves one case's rows through an AllToAll's transports without replicating or summing any.
 
@@ -34,17 +47,15 @@ class TransportOnly:
     between hosts rows are packed, written, announced, and written back.
     """
 
-    def __init__(self, a2a: AllToAll, inputs: Inputs) -> None:
+    def __init__(self, a2a: AllToAll, inputs: Inputs, fp8: ScaleFormat | None) -> None:
         self._a2a = a2a
-        ids = inputs.topk_ids.numpy().astype(np.int32)
-        hits = rank_hits(ids, a2a.local_experts, a2a.world_size)
-        self._outgoing = Outgoing(inputs.x, ids, inputs.topk_weights.numpy(), None, hits)
+        self._outgoing, self._format = outgoing(inputs, fp8, a2a.local_experts, a2a.world_size)
 
     def prepare(self) -> Step:
         """Open a step and publish its rows; nothing is announced or posted yet."""
         a2a = self._a2a
         a2a._number[0] += 1
-        step = Step(0, a2a.config.channels[0], a2a._number[0], RowFormat.PLAIN, self._outgoing)
+        step = Step(0, a2a.config.channels[0], a2a._number[0], self._format, self._outgoing)
         a2a._open[0].append(step)
         a2a._arena.publish(step)
         return step
@@ -79,7 +90,8 @@ class RawEngine:
     """Raw Transfer Engine writes: as many bytes as a step's, between the same processes and places, announced to
     nobody."""
 
-    def __init__(self, a2a: AllToAll, inputs: Inputs) -> None:
+    def __init__(self, a2a: AllToAll, inputs: Inputs, fp8: ScaleFormat | None) -> None:
+        self._format = RowFormat.PLAIN if fp8 is None else RowFormat.FP8
         self._rail = next(t for t in a2a._transports if isinstance(t, RailTransport))
         self._arena = a2a._arena
         ids = inputs.topk_ids.numpy().astype(np.int32)
@@ -97,8 +109,9 @@ class RawEngine:
         writes = []
         for host, rows in self._there.items():
             mirror = rail._layouts[host].blocks[0][0].source_slots[arena.rank]
-            tables = -Tables.of(rows, arena.config.top_k, 0).tokens
-            nbytes = rows * arena.config.row_bytes + tables
+            groups = 0 if self._format == RowFormat.PLAIN else arena.config.groups
+            tables = -Tables.of(rows, arena.config.top_k, groups).tokens
+            nbytes = rows * arena.row_bytes(self._format) + tables
             writes.append((rail._rails[host], block.host_slots[host].rows - tables, mirror.rows - tables, nbytes))
         return self._write(writes)
 

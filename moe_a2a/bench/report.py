@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 import moe_a2a
-from moe_a2a.transport.engine import installed_version
+from moe_a2a.transport.engine import installed_versions
 
 Result = dict[str, Any]
 
@@ -40,10 +40,9 @@ def machine() -> Result:
 
 def versions() -> Result:
     """Versions of what takes part."""
-    engine = installed_version()
     found = {"moe_a2a": moe_a2a.__version__, "python": platform.python_version(), "torch": torch.__version__}
     found["numpy"] = version("numpy")
-    found["engine"] = f"{engine[0]} {engine[1]}" if engine else "none"
+    found["engine"] = ", ".join(f"{name} {number}" for name, number in installed_versions().items()) or "none"
     return found
 
 

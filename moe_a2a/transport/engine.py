@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import socket
 import sys
 import tempfile
 import threading
@@ -22,31 +23,37 @@ from typing import Any, ClassVar
 from packaging.version import Version
 
 from moe_a2a.errors import EngineError
-from moe_a2a.libraries import ENGINE_WHEELS, MINIMUM_ENGINE, how_to_get, install_engine, missing_library
+from moe_a2a.libraries import ENGINE_WHEELS, MINIMUM_ENGINE, how_to_get, install_engine, missing_library, replace_engine
 
+#: Engines that find each other without a server.
+P2P = "P2PHANDSHAKE"
 _NOISE = (b"Logging before InitGoogleLogging", b"Local segment descriptor not found")
 _RDMA_DEVICES = pathlib.Path("/sys/class/infiniband")
 
 
-def installed_version() -> tuple[str, Version] | None:
-    """(distribution, version) of the installed engine wheel, if any."""
+def installed_versions() -> dict[str, Version]:
+    """Distribution -> version of the installed engine wheels; more than one is a fault."""
+    found = {}
     for name in ENGINE_WHEELS:
-        try:
-            return name, Version(importlib.metadata.version(name))
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return None
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = Version(importlib.metadata.version(name))
+    return found
 
 
 def load() -> ModuleType:
     """Import the engine. Raises EngineError that names what is missing and how to install it."""
-    found = installed_version()
-    if found is None:
+    found = installed_versions()
+    if not found:
         raise EngineError(
             f"ranks on several hosts need the Mooncake Transfer Engine, which is not installed; {install_engine()} "
             "(on GPU machines the wheel for their CUDA: moe-a2a doctor says which)"
         )
-    name, version = found
+    if len(found) > 1:
+        raise EngineError(
+            f"{' and '.join(found)} are both installed and overwrite each other's files; keep one: {replace_engine()} "
+            "(on GPU machines the wheel for their CUDA: moe-a2a doctor says which)"
+        )
+    ((name, version),) = found.items()
     if version < Version(MINIMUM_ENGINE):
         raise EngineError(
             f"{name} {version} is too old (its TCP writes are not acknowledged); {MINIMUM_ENGINE} or later is needed: "
@@ -90,6 +97,12 @@ def check_protocol(module: ModuleType, protocol: str, device_filter: str) -> Non
         raise EngineError(f"device_filter names {', '.join(unknown)}; this machine has {', '.join(devices)}")
 
 
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
 @contextlib.contextmanager
 def _quiet_start() -> Iterator[None]:
     """Keep two lines of the engine's start from the user: they report an error where there is none. Anything else is
@@ -118,9 +131,13 @@ class Engine:
     def __init__(self, address: str, protocol: str, device_filter: str, metadata_server: str) -> None:
         module = load()
         check_protocol(module, protocol, device_filter)
+        name = address
+        if metadata_server != P2P:
+            # A server knows an engine by its name, which must then be this process's own: two on a host would share it.
+            name = f"{address}:{_free_port()}"
         with _quiet_start():
             self._engine: Any = module.TransferEngine()
-            code = self._engine.initialize(address, metadata_server, protocol, device_filter)
+            code = self._engine.initialize(name, metadata_server, protocol, device_filter)
         if code != 0:
             raise EngineError(
                 f"the Transfer Engine did not start (code {code}): host_address={address!r}, "
@@ -130,7 +147,7 @@ class Engine:
         if protocol == "rdma":
             self._check_rdma()
         self.protocol = protocol
-        self.name = f"{address}:{self._engine.get_rpc_port()}"
+        self.name = name if metadata_server != P2P else f"{address}:{self._engine.get_rpc_port()}"
 
     @classmethod
     def get(cls, address: str, protocol: str, device_filter: str, metadata_server: str) -> Engine:

@@ -59,8 +59,10 @@ def available_memory() -> int:
         with (
             open("/sys/fs/cgroup/memory.max", encoding="ascii") as limit,
             open("/sys/fs/cgroup/memory.current", encoding="ascii") as used,
+            open("/sys/fs/cgroup/memory.stat", encoding="ascii") as stat,
         ):
-            free = min(free, int(limit.read()) - int(used.read()))
+            reclaimable = next((int(line.split()[1]) for line in stat if line.startswith("inactive_file ")), 0)
+            free = min(free, int(limit.read()) - int(used.read()) + reclaimable)
     except (OSError, ValueError):  # no control group, or "max"
         pass
     return free

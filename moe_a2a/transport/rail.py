@@ -89,8 +89,7 @@ class RailTransport:
             self._start(step, rail, record, slot, self._mirror(step, host), at, start)
 
     def recv_dispatch(self, step: Step) -> list[Arrival]:
-        polls = {source: self._from_source(step, source, Kind.DISPATCH) for source in self.sources}
-        records = wait_for(polls, self._forward_budget, self._watch, f"dispatch of {step}")
+        records = self._wait(step, Kind.DISPATCH, "dispatch")
         step.traffic.dispatch_announced = time.monotonic_ns()
         slots = self._arena.block(step).source_slots
         return [
@@ -109,15 +108,14 @@ class RailTransport:
             self._start(step, rail, record, slot, self._mirror(step, host), slot.rows, start)
 
     def recv_weights(self, step: Step) -> dict[int, FloatArray]:
-        polls = {source: self._from_source(step, source, Kind.WEIGHTS) for source in self.sources}
-        wait_for(polls, self._forward_budget, self._watch, f"router weights of {step}")
+        self._wait(step, Kind.WEIGHTS, "router weights")
         slots = self._arena.block(step).source_slots
         return {
             arrival.rank: self._arena.weights(
                 step, self._receiver[arrival.rank], slots[arrival.rank].rows, len(arrival.ids)
             )
             for arrival in step.arrivals
-            if arrival.rank in polls
+            if arrival.rank in self._receiver
         }
 
     def send_combine(self, step: Step, discarded: bool) -> None:
@@ -144,6 +142,11 @@ class RailTransport:
             first = arena.rows_at(arena.rank, block.host_slots[host].rows, RowFormat.PLAIN)
             sums[(host, self._hosts.ranks_of[host][0])] = Contribution(rows, first)
         return sums
+
+    def _wait(self, step: Step, kind: Kind, what: str) -> dict[int, Record]:
+        """Wait for the records of all ranks of other hosts."""
+        polls = {source: self._from_source(step, source, kind) for source in self.sources}
+        return wait_for(polls, self._forward_budget, self._watch, f"{what} of {step}")
 
     def _from_source(self, step: Step, source: int, kind: Kind) -> Poll:
         """A poll for the record of a rank of another host, in its slot at its rail peer here."""
@@ -188,6 +191,7 @@ class RailTransport:
         polls = {peer: self._arena.announced(step, Kind.PARTIALS_AWAY, peer) for peer in self._arena.peers}
         found: dict[int, Record] = {}
         started = checked = time.monotonic()
+        lost: RankLost | None = None
         while True:
             for peer in list(polls):
                 record = polls[peer]()
@@ -196,12 +200,18 @@ class RailTransport:
                     found[peer] = record
             if not polls:
                 return found
+            if lost is not None:  # what came before the loss was seen has been read by now
+                raise lost
             now = time.monotonic()
             if now - started > self._forward_budget:
                 raise out_of_time(f"combine of {step}", list(polls), self._forward_budget, self._watch)
             if now - checked > 2e-3:
                 checked = now
-                self._watch.check(polls.keys())
+                try:
+                    self._watch.check(polls.keys())
+                except RankLost as error:
+                    lost = error.with_traceback(None)  # which would keep the callers alive, in a circle
+                    continue
             yield
 
     # the engine

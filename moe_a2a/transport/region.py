@@ -4,8 +4,8 @@ A region belongs to one rank; the ranks of its host map it read-only, and the en
 channel and parity:
 
     mailbox     one record per kind, read by the ranks of this host
-    publish     this rank's own tokens: tables and M rows
     partials    sums of this rank's experts for every source rank: R x M rows
+    publish     this rank's own tokens: tables and M rows
     host slot   one per other host: tables and rows of the tokens that go there; the combined rows come back into it
     source slot one per rank of other hosts (enough for any re-railing): its mirror on the receiving side
 
@@ -45,8 +45,8 @@ class Block:
     slot."""
 
     mailbox: int
-    publish: int
     partials: int
+    publish: int
     host_slots: dict[int, Slot]
     source_slots: dict[int, Slot]
 
@@ -63,21 +63,36 @@ class _Cursor:
 
 @dataclass(frozen=True)
 class RegionLayout:
-    """The region of any rank of one host. blocks: [channel][parity]; engine_start: from here on the engine may read
-    and write."""
+    """The region of any rank of one host.
+
+    blocks: [channel][parity]; nbytes: size of the region; engine_start: the engine reads and writes from here on.
+    What only this rank and its host use lies before it, out of reach of other hosts.
+    """
 
     blocks: tuple[tuple[Block, ...], ...]
     nbytes: int
-    rows_stride: int  # partial rows kept for each source rank: M
+    engine_start: int
 
     @classmethod
     def of(cls, config: Config, hosts: HostMap, host: int) -> RegionLayout:
         cursor = _Cursor(CONTROL_BYTES)
-        blocks = tuple(
-            tuple(_block(cursor, config, hosts, host) for _ in range(PARITIES)) for _ in range(len(config.channels))
-        )
-        nbytes = cursor.take(0, math.lcm(config.row_bytes, PAGE))
-        return cls(blocks, nbytes, config.max_tokens_per_rank)
+        count = len(config.channels) * PARITIES
+        sums = len(hosts.host_of) * config.max_tokens_per_rank * config.row_bytes
+        mailboxes = [cursor.take(MAILBOX_BYTES) for _ in range(count)]
+        partials = [cursor.take(sums, config.row_bytes) for _ in range(count)]
+        engine_start = cursor.take(0, PAGE)
+        blocks = [
+            Block(
+                mailbox=mailboxes[i],
+                partials=partials[i],
+                publish=_rows(cursor, config),
+                host_slots={h: _slot(cursor, config) for h in hosts.remote_hosts(host)},
+                source_slots={s: _slot(cursor, config) for s in hosts.remote_ranks(host)},
+            )
+            for i in range(count)
+        ]
+        by_channel = tuple(tuple(blocks[i : i + PARITIES]) for i in range(0, count, PARITIES))
+        return cls(by_channel, cursor.take(0, math.lcm(config.row_bytes, PAGE)), engine_start)
 
 
 def _rows(cursor: _Cursor, config: Config) -> int:
@@ -89,14 +104,3 @@ def _rows(cursor: _Cursor, config: Config) -> int:
 
 def _slot(cursor: _Cursor, config: Config) -> Slot:
     return Slot(cursor.take(MAILBOX_BYTES), cursor.take(MAILBOX_BYTES), _rows(cursor, config))
-
-
-def _block(cursor: _Cursor, config: Config, hosts: HostMap, host: int) -> Block:
-    sums = len(hosts.host_of) * config.max_tokens_per_rank * config.row_bytes
-    return Block(
-        mailbox=cursor.take(MAILBOX_BYTES),
-        publish=_rows(cursor, config),
-        partials=cursor.take(sums, config.row_bytes),
-        host_slots={h: _slot(cursor, config) for h in hosts.remote_hosts(host)},
-        source_slots={s: _slot(cursor, config) for s in hosts.remote_ranks(host)},
-    )

@@ -29,6 +29,7 @@ class Watch:
     def __init__(self, memory: HostMemory, ranks: tuple[int, ...], rank: int, progress: Progress | None = None) -> None:
         self._memory, self._ranks, self._rank, self._progress = memory, ranks, rank, progress
         self._process: dict[int, int] = {}
+        self._pids: dict[int, int] = {}
         self._poller = select.poll()
         # The caller and the thread that drives transfers both look, and poll() refuses two at once.
         self._one_poll = threading.Lock()
@@ -50,6 +51,7 @@ class Watch:
             with contextlib.suppress(OSError):
                 fd = os.pidfd_open(pid)
                 self._process[fd] = rank
+                self._pids[rank] = pid
                 self._poller.register(fd, select.POLLIN)
 
     def check(self, waiting_for: Collection[int]) -> None:
@@ -69,6 +71,15 @@ class Watch:
     def gone(self) -> list[int]:
         """Ranks of this host whose process ended without closing its object."""
         return [rank for rank in self._ended() if not self._memory.has_closed(self._ranks.index(rank))]
+
+    def stopped(self) -> list[int]:
+        """Ranks of this host whose process is stopped (SIGSTOP, a debugger): it does not even take in what is sent."""
+        found = []
+        for rank, pid in self._pids.items():
+            with contextlib.suppress(OSError), open(f"/proc/{pid}/stat", "rb") as f:
+                if f.read().rpartition(b")")[2].split()[0] in (b"T", b"t"):
+                    found.append(rank)
+        return found
 
     def _ended(self) -> list[int]:
         with self._one_poll:
@@ -142,7 +153,7 @@ def wait_for(polls: Mapping[int, Poll], budget_s: float, watch: Watch, what: str
                 try:
                     watch.check(pending.keys())
                 except RankLost as error:
-                    lost = error
+                    lost = error.with_traceback(None)  # which would keep the callers alive, in a circle
                 if now - started > budget_s:
                     raise out_of_time(what, list(pending), budget_s, watch)
 
@@ -162,10 +173,11 @@ def wait_tasks(tasks: Collection[Task], budget_s: float, watch: Watch, what: str
 
 
 def out_of_time(what: str, missing: list[int], budget_s: float, watch: Watch) -> RankLost:
-    """The error of a wait whose budget is spent. A rank of this host that died is blamed before ranks that may have
-    waited for it."""
+    """The error of a wait whose budget is spent. A rank of this host that died or hangs is blamed before ranks that may
+    have waited for it."""
     message = f"{what}: {named(missing)} sent nothing within {budget_s:g} s"
-    gone = watch.gone()
-    if gone and not set(gone) & set(missing):
-        return RankLost(f"{message}; {named(gone)} died (the process is gone)", gone)
+    # Rows between hosts come through the memory of a rail peer: a source may be missing because that one is gone.
+    for ranks, why in ((watch.gone(), "died (the process is gone)"), (watch.stopped(), "hangs (it is stopped)")):
+        if ranks and not set(ranks) & set(missing):
+            return RankLost(f"{message}; {named(ranks)} {why}", ranks)
     return RankLost(message, missing)
