@@ -17,15 +17,8 @@ from moe_a2a.gpu.report import NO_BAD_INPUT, describe_bad_input, ranks_of
 from moe_a2a.kernels.combine_recv import combine_recv
 from moe_a2a.kernels.combine_send import combine_send
 from moe_a2a.kernels.dispatch_recv import dispatch_recv
-from moe_a2a.kernels.dispatch_send import (
-    COPY,
-    GIVEN,
-    GIVEN_POW2,
-    QUANTISE,
-    QUANTISE_POW2,
-    dispatch_send,
-    header_bits,
-)
+from moe_a2a.kernels.dispatch_send import dispatch_send
+from moe_a2a.kernels.formats import COPY, GIVEN, GIVEN_POW2, QUANTISE, QUANTISE_POW2, header_bits
 from moe_a2a.kernels.weights_push import weights_push
 from moe_a2a.step import Phase
 from moe_a2a.types import Handle, Masked
