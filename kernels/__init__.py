@@ -2,6 +2,8 @@
 
     signals        flags, counters, waits: the only place with system-scope atomics and inline PTX
     casts          roundings that are the same on a GPU and in Triton's interpreter
+    formats        what rows and scales look like, as numbers
+    launch         the way to the driver, once a kernel is compiled
     dispatch_send  -> dispatch_recv -> (experts) -> [weights_push] -> combine_send -> combine_recv
 
 Every kernel takes a `moe_a2a.gpu.layout.Layout` as its compile-time constant L. Importing this package needs no Triton;

@@ -29,7 +29,7 @@ _PROGRAMS_A_SM = 8
 @triton.jit(do_not_specialize=["rank"])
 def _combine_send(
     y, region, peers, control, alive, live, handle, places, report, rank,
-    PUSHED: tl.constexpr, BLOCK: tl.constexpr, L: tl.constexpr, LANES: tl.constexpr,
+    ROWS: tl.constexpr, PUSHED: tl.constexpr, BLOCK: tl.constexpr, L: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     r = tl.arange(0, L.R_PAD)
@@ -37,7 +37,7 @@ def _combine_send(
     step = tl.load(handle + L.STEP)
     mask = tl.load(handle + L.VIEW_MASK)
     received = tl.load(handle + L.RECEIVED)
-    longest = tl.load(handle + L.LONGEST).to(tl.int32)
+    longest = tl.load(handle + L.LONGEST).to(tl.int32) if ROWS else 0
     block = (step & 1) * L.parity_bytes
     mine = region.to(tl.int64) + block
     if PUSHED:
@@ -79,7 +79,7 @@ def _combine_send(
 def combine_send(
     layout: Layout,
     rank: int,
-    y: torch.Tensor,
+    y: torch.Tensor | None,
     pushed: bool,
     *,
     region: torch.Tensor,
@@ -92,16 +92,16 @@ def combine_send(
     report: torch.Tensor,
     processors: int,
 ) -> None:
-    """Launch. y: [E_l, R*M, H], payload dtype; pushed: the weights come by weights_push, not with the dispatch;
-    places: int32 [R*M, K]; processors: SMs of the device. The others: `Layout`."""
+    """Launch. y: [E_l, R*M, H], payload dtype, or None to send flags and no rows; pushed: the weights come by
+    weights_push, not with the dispatch; places: int32 [R*M, K]; processors: SMs of the device. The others: `Layout`."""
     block = min(_BLOCK, power_of_two_at_least(layout.H))
-    items = layout.CAP * -(-layout.H // block)
+    items = 1 if y is None else layout.CAP * -(-layout.H // block)
     launch(
         _combine_send,
         min(items, processors * _PROGRAMS_A_SM),
-        (y, region, peers, control, alive, live, handle, places, report, rank),
-        (pushed, block, layout, 32 * _WARPS),
-        (y.dtype,),
+        (region if y is None else y, region, peers, control, alive, live, handle, places, report, rank),
+        (y is not None, pushed, block, layout, 32 * _WARPS),
+        (region.dtype if y is None else y.dtype,),
         num_warps=_WARPS,
         # Products and sums are rounded one by one, as CPU ranks and the oracle do: the bits are the same everywhere.
         enable_fp_fusion=False,

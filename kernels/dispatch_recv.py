@@ -18,11 +18,9 @@ import triton
 import triton.language as tl
 
 from moe_a2a.gpu.layout import Layout, power_of_two_at_least
+from moe_a2a.kernels.formats import FP32_SCALES, NO_SCALES, PACKED_SCALES
 from moe_a2a.kernels.launch import launch
 from moe_a2a.kernels.signals import aligned, has_bit, lane_bits, wait
-
-#: Form in which scales are handed out.
-NO_SCALES, FP32_SCALES, PACKED_SCALES = range(3)
 
 _WARPS = 2
 _BLOCK_WORDS = 512  # 4-byte words of a row that one work item copies: 2 KiB
@@ -151,7 +149,7 @@ def dispatch_recv(
     processors: int,
 ) -> None:
     """Launch. x: [E_l, R*M, H], FP8 or payload dtype; scales: storage [E_l, width, R*M], fp32 or packed int32, or None;
-    counts: int32 [E_l]; source: int32 [E_l, R*M]; bits: what all headers must say (`dispatch_send.header_bits`);
+    counts: int32 [E_l]; source: int32 [E_l, R*M]; bits: what all headers must say (`formats.header_bits`);
     places: int32 [R*M, K]; processors: SMs of the device. The others: `Layout`."""
     words = layout.H * x.element_size() // 4
     form = NO_SCALES if scales is None else FP32_SCALES if scales.dtype == torch.float32 else PACKED_SCALES

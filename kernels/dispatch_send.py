@@ -20,13 +20,9 @@ import triton.language as tl
 
 from moe_a2a.gpu.layout import Layout, power_of_two_at_least
 from moe_a2a.kernels import casts
+from moe_a2a.kernels.formats import QUANTISE, QUANTISE_POW2, header_bits
 from moe_a2a.kernels.launch import launch
 from moe_a2a.kernels.signals import aligned, either, has_bit, is_last, pick, raise_flags
-
-#: What happens to a row on its way: sent as it is, quantised (fp32 scales, or powers of two), or FP8 already.
-COPY, QUANTISE, QUANTISE_POW2, GIVEN, GIVEN_POW2 = range(5)
-#: Bits of a header that tell the receiver what the rows hold.
-BITS_FP8, BITS_POW2, BITS_WEIGHTS = 1, 2, 4
 
 EXPERTS_A_PROGRAM = 32
 _WARPS = 4
@@ -297,11 +293,3 @@ def dispatch_send(
         (rows.dtype, ids.dtype),
         num_warps=_WARPS,
     )
-
-
-def header_bits(mode: int, weights: bool) -> int:
-    """What a header says about rows that are sent in this mode."""
-    bits = 0 if mode == COPY else BITS_FP8
-    if mode in (QUANTISE_POW2, GIVEN_POW2):
-        bits |= BITS_POW2
-    return bits | (BITS_WEIGHTS if weights else 0)

@@ -169,9 +169,10 @@ class AllToAll:
     ) -> Dispatched:
         """Wait for all ranks' tokens of this step and lay out those for this rank's experts.
 
-        layout: "masked", "contiguous" or "grouped"; a rank may choose for itself. alignment: rows per expert of the
-        grouped layout are padded to this power of two. out: storage for x: [E_l, R*M, H] (masked), or [rows, H] with
-        rows enough for what arrives. Raises InputError, HandleError, RankLost.
+        layout: "masked", "contiguous" or "grouped"; a rank may choose for itself, unless weights are given at
+        combine: then all take "masked" or "grouped". alignment: rows per expert of the grouped layout are padded to
+        this power of two. out: storage for x: [E_l, R*M, H] (masked), or [rows, H] with rows enough for what arrives.
+        Raises InputError, HandleError, RankLost.
         """
         _check_layout(layout)
         checks.check_alignment(alignment)
@@ -199,7 +200,8 @@ class AllToAll:
         y: config.dtype; masked [E_l, R*M, H] or grouped [P, H]: the experts' rows, still to be multiplied by the
             router weights; contiguous [N, H]: one row for each received token, weights already applied.
         topk_weights: fp32 [T, K] of this rank's own tokens, if they were not given at dispatch (masked and grouped
-            layouts). They are sent to the tokens' ranks first, and this call waits for the other ranks' weights.
+            layouts). They are sent to the tokens' ranks first, and this call waits for the other ranks' weights: all
+            ranks then combine their channels in one order.
         Raises InputError, HandleError, RankLost.
         """
         self._backend.combine_send(y, handle, topk_weights)

@@ -56,7 +56,8 @@ def sum_rows(
     table: [n, H] bf16, fp16 or fp32; index: int64 [p]; offsets: int64 [m + 1]; out: [m, H], the table's dtype;
     weights: fp32 [p] or None for ones. An empty sum is zero. The kernels take weights of the table's dtype only, so
     that bf16 and fp16 rows are added twice, with the two halves of their fp32 weight (`_split`): the second read comes
-    from cache.
+    from cache. They round bf16 ties away from zero; and an infinite row with a weight that needs no second half gives
+    NaN.
     """
     indices = torch.from_numpy(index)
     scale: torch.Tensor | None = None

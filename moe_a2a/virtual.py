@@ -142,6 +142,13 @@ class VirtualGroup:
         outs = self._each("out", out)
         return [r.combine_recv(h, out=o) for r, h, o in zip(self.ranks, handles, outs, strict=True)]
 
+    def discard(self, handles: Sequence[Handle]) -> None:
+        """`AllToAll.discard` of every rank: end a step without a combine. Raises HandleError."""
+        for rank, handle in zip(self.ranks, handles, strict=True):
+            rank.discard_send(handle)
+        for rank, handle in zip(self.ranks, handles, strict=True):
+            rank.combine_recv(handle)
+
     def check(self) -> None:
         """Raise what the kernels of any rank have reported: InputError, RankLost. Waits for the device."""
         for rank in self.ranks:

@@ -283,6 +283,46 @@ def run_step(a2a: AllToAll, case: Case, step: int, layout: Any, **more: Any) -> 
     return out
 
 
+@dataclass
+class Flight:
+    """One step of one channel, made move by move and checked. Its number also chooses the layout."""
+
+    a2a: AllToAll
+    case: Case
+    number: int
+    channel: str | None = None
+    world: World | None = None
+    handle: Handle | None = None
+    got: Any = None
+
+    def send(self) -> None:
+        self.world = world_of(self.case, self.a2a.world_size, self.number)
+        args, keywords = dispatch_args(self.case, self.world, self.a2a.rank)
+        self.handle = self.a2a.dispatch_send(*args, channel=self.channel, **keywords)
+
+    def receive(self) -> None:
+        layout = self.case.layouts[self.number % len(self.case.layouts)]
+        self.got = self.a2a.dispatch_recv(self.handle, layout=layout, alignment=self.case.alignment)
+        check_dispatched(self.case, self.world, self.a2a.rank, self.got)
+
+    def send_back(self) -> None:
+        y = expert_output(self.case, self.world, self.a2a.rank, self.got)
+        self.a2a.combine_send(y, self.handle, combine_weights(self.case, self.world, self.a2a.rank, self.got))
+
+    def finish(self) -> None:
+        out = self.a2a.combine_recv(self.handle)
+        check_sum(self.case, self.world, self.a2a.rank, self.a2a.hosts, out)
+
+    def run(self) -> None:
+        self.send()
+        self.land()
+
+    def land(self) -> None:
+        self.receive()
+        self.send_back()
+        self.finish()
+
+
 def run_case(ctx: Ctx, case: Case, **options: Any) -> None:
     """All steps of a case on an object of its own; a failure names the case and the step."""
     with ctx.a2a(case.config(), **options) as a2a:

@@ -3,67 +3,16 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from ranks import Ctx, run_ranks
-from steps import (
-    Case,
-    World,
-    check_dispatched,
-    check_sum,
-    combine_weights,
-    dispatch_args,
-    expert_output,
-    run_step,
-    world_of,
-)
+from steps import Case, Flight, run_step
 
-from moe_a2a import AllToAll, Handle, HandleError
+from moe_a2a import HandleError
 
 CASE = Case(experts=16, hidden=128, tokens=(13, 3, 0, 7, 9), padding=0.3)
-
-
-@dataclass
-class Flight:
-    """One step of one channel, made move by move."""
-
-    a2a: AllToAll
-    case: Case
-    number: int
-    channel: str | None = None
-    world: World | None = None
-    handle: Handle | None = None
-    got: Any = None
-
-    def send(self) -> None:
-        self.world = world_of(self.case, self.a2a.world_size, self.number)
-        args, keywords = dispatch_args(self.case, self.world, self.a2a.rank)
-        self.handle = self.a2a.dispatch_send(*args, channel=self.channel, **keywords)
-
-    def receive(self) -> None:
-        layout = self.case.layouts[self.number % 3]
-        self.got = self.a2a.dispatch_recv(self.handle, layout=layout, alignment=self.case.alignment)
-        check_dispatched(self.case, self.world, self.a2a.rank, self.got)
-
-    def send_back(self) -> None:
-        y = expert_output(self.case, self.world, self.a2a.rank, self.got)
-        self.a2a.combine_send(y, self.handle, combine_weights(self.case, self.world, self.a2a.rank, self.got))
-
-    def finish(self) -> None:
-        out = self.a2a.combine_recv(self.handle)
-        check_sum(self.case, self.world, self.a2a.rank, self.a2a.hosts, out)
-
-    def run(self) -> None:
-        self.send()
-        self.land()
-
-    def land(self) -> None:
-        self.receive()
-        self.send_back()
-        self.finish()
 
 
 @pytest.mark.parametrize("hosts", [1, 2, 4])

@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import os
+import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import Ctx, host_labels, run_ranks
-from steps import Case, run_step
+from steps import Case, run_case, run_step
 
 from moe_a2a import AllToAll, Config, ConfigError, EngineError, MoeA2AError, Options, RankLost, rendezvous
 from moe_a2a.bootstrap import StoreBootstrap
@@ -395,6 +398,17 @@ def test_the_environment_can_split_a_machine_into_hosts():
     assert run_ranks(_by_environment, 4) == [((0, 2), (1, 3))] * 4
 
 
+def _address_by_environment(ctx: Ctx) -> None:
+    os.environ["MOE_A2A_HOST_ADDRESS"] = "no-such-host.invalid"
+    refusal(RankLost, lambda: ctx.a2a(CONFIG, timeout_s=5.0), "no-such-host.invalid")
+    with ctx.a2a(CONFIG, host_address="127.0.0.1") as a2a:
+        run_step(a2a, CASE, 0, "masked")
+
+
+def test_the_environment_gives_an_address_unless_the_options_do():
+    run_ranks(_address_by_environment, 2, hosts=2)
+
+
 def _host_address(ctx: Ctx) -> None:
     for step, address in enumerate(("127.0.0.1", "localhost")):
         with ctx.a2a(CONFIG, host_address=address) as a2a:
@@ -477,3 +491,33 @@ def _raises_inside(ctx: Ctx) -> None:
 
 def test_leaving_the_block_with_an_error_closes_too():
     run_ranks(_raises_inside, 2)
+
+
+@contextlib.contextmanager
+def _http_metadata_server() -> Iterator[str]:
+    """The engine wheel's own metadata server, on a port of this machine."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "mooncake.http_metadata_server", "--host", "127.0.0.1", "--port", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 30
+        while True:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+                break
+            assert server.poll() is None and time.monotonic() < deadline, "the metadata server did not start"
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}/metadata"
+    finally:
+        server.kill()
+        server.wait()
+
+
+def _with_metadata_server(ctx: Ctx, url: str) -> None:
+    run_case(ctx, Case(), metadata_server=url)
+
+
+def test_engines_that_meet_through_a_metadata_server_move_rows():
+    with _http_metadata_server() as url:
+        run_ranks(_with_metadata_server, 4, url, hosts=2)

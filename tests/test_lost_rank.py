@@ -8,8 +8,7 @@ import time
 
 import pytest
 from ranks import Ctx, run_ranks
-from steps import Case, run_step
-from test_channels import Flight
+from steps import Case, Flight, run_step
 
 from moe_a2a import AllToAll, HandleError, RankLost
 
@@ -89,8 +88,10 @@ def test_a_death_is_told_in_time_on_uneven_hosts(victim, last):
     run_ranks(_lose, 3, victim, last, "exits", hosts=["a", "a", "b"], dies=[victim])
 
 
-@pytest.mark.parametrize("last", ["combine_recv", "dispatch_recv"])
-@pytest.mark.parametrize("hosts, victim", [(1, 1), (2, 0), (2, 3)])
+@pytest.mark.parametrize(
+    "hosts, victim, last",
+    [(1, 1, "dispatch_recv"), (2, 0, "combine_recv"), (2, 0, "dispatch_send")] + [(2, 3, move) for move in MOVES],
+)
 def test_a_rank_that_hangs_is_named_in_time(hosts, victim, last):
     run_ranks(_lose, 4, victim, last, "hangs", hosts=hosts, dies=[victim])
 

@@ -127,6 +127,21 @@ def test_two_channels_and_two_steps_of_a_channel_are_in_flight_at_once() -> None
     group.check()
 
 
+def test_a_step_may_end_without_a_combine() -> None:
+    group = group_of(2)
+    steps = Steps(group)
+    inputs = steps.inputs([3, 2])
+    got = steps.dispatch(inputs)
+    group.discard([d.handle for d in got])
+    sent = group.dispatch_send([i.x for i in inputs], [i.topk_ids for i in inputs])
+    group.discard(sent)
+    group.check()
+    with pytest.raises(HandleError, match="finished>; this call needs"):
+        group.discard(sent)
+    for tokens in ([3, 3], [1, 2], [0, 3]):
+        steps.step(tokens)
+
+
 # ---------------------------------------------------------------------------------------------------------- bad inputs
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -91,21 +93,44 @@ def test_the_death_of_a_rank_that_is_not_waited_for_ends_nothing(watch, sleeper)
     assert wait_for({6: after(0.1)}, 5, watch, "dispatch") == {6: OK}
 
 
+def after_a_look(watch: Watch):
+    """A poll that finds a record only after `watch` has looked for losses."""
+    looked = threading.Event()
+    check = watch.check
+
+    def look(waiting_for) -> None:
+        looked.set()
+        check(waiting_for)
+
+    watch.check = look  # type: ignore[method-assign]
+    return lambda: OK if looked.is_set() else None
+
+
 def test_what_a_rank_announced_before_it_died_counts(watch, sleeper):
     """The record is there, but the reader looks for it only after it has seen the death."""
     watch.add_process(6, sleeper.pid)
     sleeper.kill()
     sleeper.wait()
-    looks = iter([None] * 100)
-    announced = threading.Event()
-    check = watch.check
+    assert wait_for({6: after_a_look(watch)}, 5, watch, "dispatch") == {6: OK}
 
-    def slow_check(waiting_for) -> None:
-        announced.set()
-        check(waiting_for)
 
-    watch.check = slow_check  # type: ignore[method-assign]
-    assert wait_for({6: lambda: OK if announced.is_set() else next(looks)}, 5, watch, "dispatch") == {6: OK}
+def test_a_loss_that_did_not_matter_keeps_nothing_alive(watch, memory):
+    memory.others[0].close()
+    poll = after_a_look(watch)
+
+    def caller() -> weakref.ref[object]:
+        class Owner:
+            pass
+
+        owner = Owner()
+        wait_for({6: poll}, 5, watch, "dispatch")
+        return weakref.ref(owner)
+
+    gc.disable()
+    try:
+        assert caller()() is None
+    finally:
+        gc.enable()
 
 
 def test_the_rank_that_another_one_found_missing_is_blamed_and_not_the_messenger(watch, memory):

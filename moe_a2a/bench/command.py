@@ -100,6 +100,12 @@ def _names(allowed: Sequence[str]) -> click.ParamType[list[str]]:
 @click.option("--protocol", default="tcp", show_default=True, help="Transfer Engine protocol between hosts.")
 @click.option("--device-filter", default="", help="RDMA devices of the engine.")
 @click.option(
+    "--metadata-server",
+    default="P2PHANDSHAKE",
+    show_default=True,
+    help="Where engines find each other: P2PHANDSHAKE, http://..., etcd://..., redis://...",
+)
+@click.option(
     "--timeout", type=float, default=60.0, show_default=True, help="Seconds before a missing rank ends the run."
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of inputs and routing.")
@@ -123,6 +129,7 @@ def bench(
     baseline: list[str] | None,
     protocol: str,
     device_filter: str,
+    metadata_server: str,
     timeout: float,
     seed: int,
     json_path: str | None,
@@ -152,7 +159,9 @@ def bench(
                 case.inputs(0, 0)
         if hosts is not None and hosts > world:
             raise click.UsageError(f"--hosts {hosts} is more than {world} ranks")
-        options = Options(timeout_s=timeout, protocol=protocol, device_filter=device_filter)
+        options = Options(
+            timeout_s=timeout, protocol=protocol, device_filter=device_filter, metadata_server=metadata_server
+        )
     except (MoeA2AError, ValueError) as error:
         raise click.UsageError(str(error)) from error
     if "RANK" not in os.environ:

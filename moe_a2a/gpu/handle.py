@@ -1,8 +1,8 @@
-"""A step of a GPU rank, as the host knows it: which slot it uses and how far its launches are."""
+"""Channels and steps of a GPU rank, as the host knows them: what memory they use and how far their launches are."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -55,3 +55,17 @@ class GpuHandle(Handle):
 
     def __repr__(self) -> str:
         return f"<GpuHandle: dispatch {self.call} of channel {self._channel!r}, {self.phase.value}>"
+
+
+@dataclass
+class Channel:
+    """A channel's symmetric memory and what this rank keeps beside it. calls: dispatches that the host has launched;
+    outputs: storage of results, by (call's turn, name)."""
+
+    region: torch.Tensor
+    peers: torch.Tensor
+    live: torch.Tensor
+    slots: list[Slot]
+    calls: int = 0
+    open: list[GpuHandle] = field(default_factory=list)
+    outputs: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)

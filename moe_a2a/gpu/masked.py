@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -11,39 +11,19 @@ from moe_a2a.config import Config
 from moe_a2a.errors import HandleError, InputError, RankLost
 from moe_a2a.fp8 import FP8, ScaleFormat, scale_columns
 from moe_a2a.gpu import inputs
-from moe_a2a.gpu.handle import GpuHandle, Slot
+from moe_a2a.gpu.handle import Channel, GpuHandle, Slot
 from moe_a2a.gpu.layout import SLOTS, Layout
 from moe_a2a.gpu.report import NO_BAD_INPUT, describe_bad_input, ranks_of
 from moe_a2a.kernels.combine_recv import combine_recv
 from moe_a2a.kernels.combine_send import combine_send
 from moe_a2a.kernels.dispatch_recv import dispatch_recv
-from moe_a2a.kernels.dispatch_send import (
-    COPY,
-    GIVEN,
-    GIVEN_POW2,
-    QUANTISE,
-    QUANTISE_POW2,
-    dispatch_send,
-    header_bits,
-)
+from moe_a2a.kernels.dispatch_send import dispatch_send
+from moe_a2a.kernels.formats import COPY, GIVEN, GIVEN_POW2, QUANTISE, QUANTISE_POW2, header_bits
 from moe_a2a.kernels.weights_push import weights_push
 from moe_a2a.step import Phase
 from moe_a2a.types import Handle, Masked
 
 _NEVER = 1 << 62
-
-
-@dataclass
-class _Channel:
-    """A channel's symmetric memory and what this rank keeps beside it. calls: dispatches that the host has launched."""
-
-    region: torch.Tensor
-    peers: torch.Tensor
-    live: torch.Tensor
-    slots: list[Slot]
-    calls: int = 0
-    open: list[GpuHandle] = field(default_factory=list)
-    outputs: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
 
 
 class MaskedRank:
@@ -75,7 +55,7 @@ class MaskedRank:
         self.control = self._words(words)
         self.report = self._words([NO_BAD_INPUT, 0])
         self._channels = [
-            _Channel(
+            Channel(
                 region, self._words(list(peers)), self._words([0] * layout.LIVE_WORDS), [self._slot(), self._slot()]
             )
             for region, peers in zip(regions, addresses, strict=True)
@@ -164,13 +144,8 @@ class MaskedRank:
             counts,
             source,
             mine.bits,
-            region=state.region,
-            control=self.control,
-            alive=self._alive,
-            handle=mine.slot.handle,
             places=mine.slot.places,
-            report=self.report,
-            processors=self._processors,
+            **self._waiting(mine, state),
         )
         mine.phase = Phase.RECEIVED
         return Masked(x, counts, source, None if scales is None else scales.transpose(1, 2), mine)
@@ -205,22 +180,29 @@ class MaskedRank:
         rows = inputs.check_tensor("y", y, shape, (self.config.dtype,), self.device)
         if not (mine.has_weights or mine.pushed):
             raise InputError("topk_weights were not given at dispatch; give them here, fp32 [T, K]")
-        combine_send(
-            layout,
-            self.rank,
-            rows,
-            not mine.has_weights,
-            region=state.region,
-            peers=state.peers,
-            control=self.control,
-            alive=self._alive,
-            live=state.live,
-            handle=mine.slot.handle,
-            places=mine.slot.places,
-            report=self.report,
-            processors=self._processors,
-        )
+        self._launch_combine_send(rows, mine, state)
         mine.phase = Phase.COMBINING
+
+    def discard_send(self, handle: Handle) -> None:
+        """Instead of `combine_send`, on every rank, if the step's outputs are not wanted; `combine_recv` then ends the
+        step and returns zero tokens. Raises HandleError."""
+        if isinstance(handle, GpuHandle) and handle._owner is self and handle.phase is Phase.SENT:
+            self.dispatch_recv(handle)  # what the peers have sent must be there before their buffers count as free
+        mine, state = self._step(handle, Phase.RECEIVED)
+        self._launch_combine_send(None, mine, state)
+        mine.tokens, mine.phase = 0, Phase.COMBINING
+
+    def _launch_combine_send(self, y: torch.Tensor | None, mine: GpuHandle, state: Channel) -> None:
+        combine_send(
+            self.layout,
+            self.rank,
+            y,
+            y is not None and not mine.has_weights,
+            peers=state.peers,
+            live=state.live,
+            places=mine.slot.places,
+            **self._waiting(mine, state),
+        )
 
     def combine_recv(self, handle: Handle, *, out: torch.Tensor | None = None) -> torch.Tensor:
         """Launch the sum over ranks; ends the step. Returns [T, H] of config.dtype, in `out` if given. Raises
@@ -234,13 +216,8 @@ class MaskedRank:
         combine_recv(
             self.layout,
             result,
-            region=state.region,
-            control=self.control,
-            alive=self._alive,
-            handle=mine.slot.handle,
             hits=mine.slot.hits,
-            report=self.report,
-            processors=self._processors,
+            **self._waiting(mine, state),
         )
         mine.phase = Phase.DONE
         state.open.remove(mine)
@@ -268,6 +245,17 @@ class MaskedRank:
 
     # helpers
 
+    def _waiting(self, mine: GpuHandle, state: Channel) -> dict[str, Any]:
+        """What every kernel takes that may have to wait for peers."""
+        return {
+            "region": state.region,
+            "control": self.control,
+            "alive": self._alive,
+            "handle": mine.slot.handle,
+            "report": self.report,
+            "processors": self._processors,
+        }
+
     def _index(self, name: str | None) -> int:
         if name is None:
             return 0
@@ -275,14 +263,14 @@ class MaskedRank:
             raise InputError(f"channel={name!r}; this object has {', '.join(map(repr, self.config.channels))}")
         return self.config.channels.index(name)
 
-    def _check_free(self, state: _Channel) -> None:
+    def _check_free(self, state: Channel) -> None:
         if len(state.open) >= SLOTS or any(handle.call == state.calls - 1 for handle in state.open):
             raise HandleError(
                 f"{state.open[0]} is still open, and its buffers are those of the next step; "
                 "combine it before dispatching again, or use another channel"
             )
 
-    def _step(self, handle: Handle, needed: Phase) -> tuple[GpuHandle, _Channel]:
+    def _step(self, handle: Handle, needed: Phase) -> tuple[GpuHandle, Channel]:
         if not isinstance(handle, GpuHandle):
             raise HandleError(f"handle is a {type(handle).__name__}; give the handle of a dispatch")
         if handle._owner is not self:
@@ -297,7 +285,7 @@ class MaskedRank:
         return inputs.check_tensor("topk_weights", weights, (tokens, self.config.top_k), (torch.float32,), self.device)
 
     def _output(
-        self, state: _Channel, handle: GpuHandle, name: str, shape: tuple[int, ...], dtype: torch.dtype
+        self, state: Channel, handle: GpuHandle, name: str, shape: tuple[int, ...], dtype: torch.dtype
     ) -> torch.Tensor:
         """Storage of a result, the same one at every second dispatch of the channel."""
         key = (handle.call % SLOTS, f"{name} {dtype}")

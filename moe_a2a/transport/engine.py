@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import socket
 import sys
 import tempfile
 import threading
@@ -24,6 +25,8 @@ from packaging.version import Version
 from moe_a2a.errors import EngineError
 from moe_a2a.libraries import ENGINE_WHEELS, MINIMUM_ENGINE, how_to_get, install_engine, missing_library, replace_engine
 
+#: Engines that find each other without a server.
+P2P = "P2PHANDSHAKE"
 _NOISE = (b"Logging before InitGoogleLogging", b"Local segment descriptor not found")
 _RDMA_DEVICES = pathlib.Path("/sys/class/infiniband")
 
@@ -94,6 +97,12 @@ def check_protocol(module: ModuleType, protocol: str, device_filter: str) -> Non
         raise EngineError(f"device_filter names {', '.join(unknown)}; this machine has {', '.join(devices)}")
 
 
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
 @contextlib.contextmanager
 def _quiet_start() -> Iterator[None]:
     """Keep two lines of the engine's start from the user: they report an error where there is none. Anything else is
@@ -122,9 +131,13 @@ class Engine:
     def __init__(self, address: str, protocol: str, device_filter: str, metadata_server: str) -> None:
         module = load()
         check_protocol(module, protocol, device_filter)
+        name = address
+        if metadata_server != P2P:
+            # A server knows an engine by its name, which must then be this process's own: two on a host would share it.
+            name = f"{address}:{_free_port()}"
         with _quiet_start():
             self._engine: Any = module.TransferEngine()
-            code = self._engine.initialize(address, metadata_server, protocol, device_filter)
+            code = self._engine.initialize(name, metadata_server, protocol, device_filter)
         if code != 0:
             raise EngineError(
                 f"the Transfer Engine did not start (code {code}): host_address={address!r}, "
@@ -134,7 +147,7 @@ class Engine:
         if protocol == "rdma":
             self._check_rdma()
         self.protocol = protocol
-        self.name = f"{address}:{self._engine.get_rpc_port()}"
+        self.name = name if metadata_server != P2P else f"{address}:{self._engine.get_rpc_port()}"
 
     @classmethod
     def get(cls, address: str, protocol: str, device_filter: str, metadata_server: str) -> Engine:

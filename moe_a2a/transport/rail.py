@@ -210,7 +210,7 @@ class RailTransport:
                 try:
                     self._watch.check(polls.keys())
                 except RankLost as error:
-                    lost = error
+                    lost = error.with_traceback(None)  # which would keep the callers alive, in a circle
                     continue
             yield
 

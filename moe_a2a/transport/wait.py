@@ -153,7 +153,7 @@ def wait_for(polls: Mapping[int, Poll], budget_s: float, watch: Watch, what: str
                 try:
                     watch.check(pending.keys())
                 except RankLost as error:
-                    lost = error
+                    lost = error.with_traceback(None)  # which would keep the callers alive, in a circle
                 if now - started > budget_s:
                     raise out_of_time(what, list(pending), budget_s, watch)
 
