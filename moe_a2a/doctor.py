@@ -89,7 +89,7 @@ def _gpu_checks(machine: Machine, found: dict[str, object]) -> list[Check]:
     listed = ", ".join(
         f"{i}: {name} ({size / 2**30:.0f} GiB)" for i, (name, size) in enumerate(zip(names, memory, strict=True))
     )
-    checks = [Check("GPUs", "ok", f"{listed}; this version runs CPU ranks only")]
+    checks = [Check("GPUs", "ok", f"{listed}; GPU ranks of one host, masked layout")]
     if len(names) > 1:
         apart = [f"{i}-{j}" for i in range(len(names)) for j in range(i) if not (peers[i][j] and peers[j][i])]
         links = "; ".join(_link_rows(machine.run("nvidia-smi", "topo", "-m", timeout_s=30).output))
