@@ -81,7 +81,6 @@ class Rounds:
             if first["kind"] == "RankLost":
                 raise RankLost(text, first["ranks"])
             raise _ERRORS.get(first["kind"], MoeA2AError)(text)
-        assert result is not None or failure is None
         return result, [answer["value"] for answer in answers]  # type: ignore[return-value]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from moe_a2a.all_to_all import AllToAll
 from moe_a2a.config import Config
 from moe_a2a.fp8 import ScaleFormat
 from moe_a2a.types import Layout
@@ -74,6 +75,26 @@ class Case:
             dtype=DTYPES[self.dtype][0],
             routing=kind,
         )
+
+
+def heading(case: Case, a2a: AllToAll, device: str, mode: str, problems: Sequence[str | None]) -> dict[str, Any]:
+    """What a case's JSON entry says before its figures. problems: what each rank found wrong, or None."""
+    return {
+        "name": case.name,
+        "device": device,
+        "layout": case.layout,
+        "dtype": case.dtype,
+        "ranks": a2a.world_size,
+        "hosts": len(a2a.hosts),
+        "tokens": case.tokens,
+        "hidden": case.hidden,
+        "top_k": case.top_k,
+        "experts": case.experts,
+        "routing": case.routing,
+        "mode": mode,
+        "correct": not any(problems),
+        "problems": [f"rank {rank}: {text}" for rank, text in enumerate(problems) if text],
+    }
 
 
 def percentiles(samples: Sequence[float]) -> dict[str, float]:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from moe_a2a.all_to_all import AllToAll
-from moe_a2a.bench.cases import Case, percentiles
+from moe_a2a.bench.cases import Case, heading, percentiles
 from moe_a2a.bench.check import check_case
 from moe_a2a.bench.nccl import NcclAllToAll
 from moe_a2a.bootstrap import GroupBootstrap
@@ -194,20 +194,8 @@ def _entry(case: Case, mode: str, a2a: AllToAll, problems: list[str | None], eve
         }
 
     return {
+        **heading(case, a2a, "cuda", mode, problems),
         "name": f"{case.name} {mode}",
-        "device": "cuda",
-        "layout": case.layout,
-        "dtype": case.dtype,
-        "ranks": a2a.world_size,
-        "hosts": len(a2a.hosts),
-        "tokens": case.tokens,
-        "hidden": case.hidden,
-        "top_k": case.top_k,
-        "experts": case.experts,
-        "routing": case.routing,
-        "mode": mode,
-        "correct": not any(problems),
-        "problems": [f"rank {rank}: {text}" for rank, text in enumerate(problems) if text],
         **of("ours"),
         "transport_us": None,
         "network_us": None,

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from moe_a2a.all_to_all import AllToAll
-from moe_a2a.bench.cases import Case, percentiles
+from moe_a2a.bench.cases import Case, heading, percentiles
 from moe_a2a.bench.check import check_case
 from moe_a2a.bench.gloo import GlooAllToAll
 from moe_a2a.bench.ours import RawEngine, TransportOnly
@@ -48,7 +48,6 @@ def run_case(case: Case, options: Options, baselines: tuple[str, ...], tick: Cal
     gather = GroupBootstrap(None)
     with AllToAll(case.config("bench"), options=options) as a2a:
         problems = gather.all_gather(check_case(case, a2a, 0), options.timeout_s)
-        correct = not any(problems)
         several = len(a2a.hosts) > 1
         mine = case.inputs(a2a.rank, 1)
         samples = Samples()
@@ -61,7 +60,7 @@ def run_case(case: Case, options: Options, baselines: tuple[str, ...], tick: Cal
                 tick()
         own = {"times": samples.times, "stamps": samples.stamps, "wire": wire, "clock": machine_id()}
         everyone = gather.all_gather({**own, "least": _least(case, a2a, mine)}, options.timeout_s)
-        return _entry(case, a2a, correct, problems, everyone, several, baselines)
+        return _entry(case, a2a, problems, everyone, several, baselines)
 
 
 class _Runs:
@@ -175,7 +174,6 @@ def _least(case: Case, a2a: AllToAll, inputs: Inputs) -> list[int]:
 def _entry(
     case: Case,
     a2a: AllToAll,
-    correct: bool,
     problems: list[str | None],
     everyone: list[Result],
     several: bool,
@@ -205,20 +203,7 @@ def _entry(
     if several:
         compared["raw_engine"] = {"network_us": span("raw ")}
     return {
-        "name": case.name,
-        "device": "cpu",
-        "layout": case.layout,
-        "dtype": case.dtype,
-        "ranks": a2a.world_size,
-        "hosts": len(a2a.hosts),
-        "tokens": case.tokens,
-        "hidden": case.hidden,
-        "top_k": case.top_k,
-        "experts": case.experts,
-        "routing": case.routing,
-        "mode": "eager",
-        "correct": correct,
-        "problems": [f"rank {rank}: {text}" for rank, text in enumerate(problems) if text],
+        **heading(case, a2a, "cpu", "eager", problems),
         "dispatch_us": slowest("dispatch"),
         "combine_us": slowest("combine"),
         "both_us": slowest("both"),

@@ -43,7 +43,7 @@ class Arena:
         self.layout = RegionLayout.of(config, hosts, self.host)
         self.incarnations = incarnations
         self.index = {peer: i for i, peer in enumerate(self.peers)}
-        self._numbers = np.arange(config.max_tokens_per_rank, dtype=np.int64)
+        self.numbers = np.arange(config.max_tokens_per_rank, dtype=np.int64)
         self._tables = {
             RowFormat.PLAIN: memory.table(config.hidden_size, config.dtype),
             RowFormat.FP8: memory.table(config.hidden_size, torch.uint8),
@@ -90,7 +90,7 @@ class Arena:
         them."""
         if not step.published:
             step.published = True
-            rows = self._numbers[: step.tokens]
+            rows = self.numbers[: step.tokens]
             self.pack(step, self.block(step).publish, rows)
 
     def pack(self, step: Step, at: int, rows: LongArray) -> None:

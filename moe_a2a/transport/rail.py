@@ -27,7 +27,7 @@ from moe_a2a.transport.progress import Progress
 from moe_a2a.transport.protocol import SumOrder
 from moe_a2a.transport.region import RegionLayout, Slot
 from moe_a2a.transport.shared import check_discarded
-from moe_a2a.transport.wait import Poll, Watch, out_of_time, wait_for
+from moe_a2a.transport.wait import CHECK_EVERY_S, Poll, Watch, out_of_time, wait_for
 from moe_a2a.transport.wire import RECORD_BYTES, FloatArray, Kind, Record, Status
 
 #: Share of the tokens from which on all are sent to a host: at most 3 % more bytes than needed.
@@ -66,7 +66,6 @@ class RailTransport:
         self._rails = {host: self._hosts.rail(host, arena.rank) for host in self._remote_hosts}
         self._railed = self._hosts.sources_railed_to(arena.rank)
         self._receiver = {source: self._hosts.rail(arena.host, source) for source in self.sources}
-        self._numbers = np.arange(self._config.max_tokens_per_rank, dtype=np.int64)
         self._layouts = {host: RegionLayout.of(self._config, self._hosts, host) for host in self._remote_hosts}
 
     def send_dispatch(self, step: Step) -> None:
@@ -79,7 +78,7 @@ class RailTransport:
                 # Nearly all tokens go there: send the published ones as they lie. A few rows too many cost less than
                 # a second copy.
                 arena.publish(step)
-                rows, at = self._numbers[: step.tokens], block.publish
+                rows, at = arena.numbers[: step.tokens], block.publish
             else:
                 arena.pack(step, at, rows)
             step.sent_to_host[host] = rows
@@ -205,7 +204,7 @@ class RailTransport:
             now = time.monotonic()
             if now - started > self._forward_budget:
                 raise out_of_time(f"combine of {step}", list(polls), self._forward_budget, self._watch)
-            if now - checked > 2e-3:
+            if now - checked >= CHECK_EVERY_S:
                 checked = now
                 try:
                     self._watch.check(polls.keys())
@@ -230,12 +229,10 @@ class RailTransport:
         when that is complete, write the record."""
         arena, traffic = self._arena, step.traffic
         own = arena.memory.address(arena.index[arena.rank])
-        if not (traffic.combine_posted if record.kind == Kind.COMBINE else traffic.dispatch_posted):
-            now = time.monotonic_ns()
-            if record.kind == Kind.COMBINE:
-                traffic.combine_posted = now
-            else:
-                traffic.dispatch_posted = now
+        if record.kind == Kind.COMBINE:
+            traffic.combine_posted = traffic.combine_posted or time.monotonic_ns()
+        else:
+            traffic.dispatch_posted = traffic.dispatch_posted or time.monotonic_ns()
         if record.nbytes:
             yield from self._write(peer, own + at + start, mirror.rows + start, record.nbytes)
         outbox, inbox = slot.outbox + RECORD_BYTES * record.kind, mirror.inbox + RECORD_BYTES * record.kind

@@ -20,7 +20,7 @@ _SPINS = 8
 _NAP_S = 30e-6
 _NAP_GROWTH = 1.25
 _LONGEST_NAP_S = 200e-6
-_CHECK_EVERY_S = 2e-3
+CHECK_EVERY_S = 2e-3
 
 
 class Watch:
@@ -148,7 +148,7 @@ def wait_for(polls: Mapping[int, Poll], budget_s: float, watch: Watch, what: str
                 continue
             pause.rest()
             now = time.monotonic()
-            if now - checked >= _CHECK_EVERY_S:
+            if now - checked >= CHECK_EVERY_S:
                 checked = now
                 try:
                     watch.check(pending.keys())
