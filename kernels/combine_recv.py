@@ -11,13 +11,15 @@ Memory-ordering contract
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
 from moe_a2a.gpu.layout import Layout, power_of_two_at_least
 from moe_a2a.kernels.casts import to_payload
-from moe_a2a.kernels.launch import launch
+from moe_a2a.kernels.launch import Launch
 from moe_a2a.kernels.signals import aligned, has_bit, wait
 
 _WARPS = 4
@@ -70,13 +72,16 @@ def combine_recv(
     processors: int,
 ) -> None:
     """Launch. out: [T, H], payload dtype; hits: int64 [M], written by dispatch_send. The others: `Layout`."""
-    block = min(_BLOCK, power_of_two_at_least(layout.H))
-    items = out.shape[0] * -(-layout.H // block)
+    tokens = out.shape[0]
+    launch, blocks = _prepare(layout, out.dtype)
     launch(
-        _combine_recv,
-        max(1, min(items, processors * _PROGRAMS_A_SM)),
-        (out, region, control, alive, handle, hits, report, out.shape[0]),
-        (block, layout, 32 * _WARPS),
-        (out.dtype,),
-        num_warps=_WARPS,
+        max(1, min(tokens * blocks, processors * _PROGRAMS_A_SM)),
+        (out, region, control, alive, handle, hits, report, tokens),
     )
+
+
+@functools.cache
+def _prepare(layout: Layout, dtype: torch.dtype) -> tuple[Launch, int]:
+    """The launch, and the work items of a token."""
+    block = min(_BLOCK, power_of_two_at_least(layout.H))
+    return Launch(_combine_recv, (block, layout, 32 * _WARPS), num_warps=_WARPS), -(-layout.H // block)

@@ -12,13 +12,15 @@ Memory-ordering contract
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
 from moe_a2a.gpu.layout import Layout, power_of_two_at_least
 from moe_a2a.kernels.casts import to_payload
-from moe_a2a.kernels.launch import launch
+from moe_a2a.kernels.launch import Launch
 from moe_a2a.kernels.signals import aligned, has_bit, is_last, pick, raise_flags, wait
 
 _WARPS = 4
@@ -94,15 +96,19 @@ def combine_send(
 ) -> None:
     """Launch. y: [E_l, R*M, H], payload dtype, or None to send flags and no rows; pushed: the weights come by
     weights_push, not with the dispatch; places: int32 [R*M, K]; processors: SMs of the device. The others: `Layout`."""
-    block = min(_BLOCK, power_of_two_at_least(layout.H))
-    items = 1 if y is None else layout.CAP * -(-layout.H // block)
+    launch, programs = _prepare(layout, pushed, None if y is None else y.dtype, processors)
     launch(
-        _combine_send,
-        min(items, processors * _PROGRAMS_A_SM),
+        programs,
         (region if y is None else y, region, peers, control, alive, live, handle, places, report, rank),
-        (y is not None, pushed, block, layout, 32 * _WARPS),
-        (region.dtype if y is None else y.dtype,),
-        num_warps=_WARPS,
-        # Products and sums are rounded one by one, as CPU ranks and the oracle do: the bits are the same everywhere.
-        enable_fp_fusion=False,
     )
+
+
+@functools.cache
+def _prepare(layout: Layout, pushed: bool, dtype: torch.dtype | None, processors: int) -> tuple[Launch, int]:
+    """The launch, and its programs. dtype: of the rows; None: there are none."""
+    block = min(_BLOCK, power_of_two_at_least(layout.H))
+    items = 1 if dtype is None else layout.CAP * -(-layout.H // block)
+    constants = (dtype is not None, pushed, block, layout, 32 * _WARPS)
+    # Products and sums are rounded one by one, as CPU ranks and the oracle do: the bits are the same everywhere.
+    launch = Launch(_combine_send, constants, num_warps=_WARPS, enable_fp_fusion=False)
+    return launch, min(items, processors * _PROGRAMS_A_SM)

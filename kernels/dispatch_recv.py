@@ -13,13 +13,15 @@ Memory-ordering contract
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
 from moe_a2a.gpu.layout import Layout, power_of_two_at_least
 from moe_a2a.kernels.formats import FP32_SCALES, NO_SCALES, PACKED_SCALES
-from moe_a2a.kernels.launch import launch
+from moe_a2a.kernels.launch import Launch
 from moe_a2a.kernels.signals import aligned, has_bit, lane_bits, wait
 
 _WARPS = 2
@@ -151,18 +153,12 @@ def dispatch_recv(
     """Launch. x: [E_l, R*M, H], FP8 or payload dtype; scales: storage [E_l, width, R*M], fp32 or packed int32, or None;
     counts: int32 [E_l]; source: int32 [E_l, R*M]; bits: what all headers must say (`formats.header_bits`);
     places: int32 [R*M, K]; processors: SMs of the device. The others: `Layout`."""
-    words = layout.H * x.element_size() // 4
-    form = NO_SCALES if scales is None else FP32_SCALES if scales.dtype == torch.float32 else PACKED_SCALES
-    block = min(_BLOCK_WORDS, power_of_two_at_least(words))
-    if form == PACKED_SCALES:
-        block = max(block, 128)
-    items = layout.CAP * -(-words // block)
+    launch, programs = _prepare(layout, bits, x.dtype, None if scales is None else scales.dtype, processors)
     launch(
-        _dispatch_recv,
-        min(items, processors * _PROGRAMS_A_SM),
+        programs,
         (
-            x.view(torch.int32),
-            scales.view(torch.int32) if scales is not None else counts,
+            x,
+            scales if scales is not None else counts,
             counts,
             source,
             region,
@@ -173,7 +169,20 @@ def dispatch_recv(
             report,
             rank,
         ),
-        (bits, form, words, block, power_of_two_at_least(layout.E_L), layout, 32 * _WARPS),
-        (),
-        num_warps=_WARPS,
     )
+
+
+@functools.cache
+def _prepare(
+    layout: Layout, bits: int, dtype: torch.dtype, scales: torch.dtype | None, processors: int
+) -> tuple[Launch, int]:
+    """The launch, and its programs."""
+    words = layout.H * dtype.itemsize // 4
+    form = NO_SCALES if scales is None else FP32_SCALES if scales == torch.float32 else PACKED_SCALES
+    block = min(_BLOCK_WORDS, power_of_two_at_least(words))
+    if form == PACKED_SCALES:
+        block = max(block, 128)
+    items = layout.CAP * -(-words // block)
+    constants = (bits, form, words, block, power_of_two_at_least(layout.E_L), layout, 32 * _WARPS)
+    launch = Launch(_dispatch_recv, constants, {0: torch.int32, 1: torch.int32}, num_warps=_WARPS)
+    return launch, min(items, processors * _PROGRAMS_A_SM)

@@ -14,14 +14,16 @@ Memory-ordering contract
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
 from moe_a2a.gpu.layout import Layout, power_of_two_at_least
 from moe_a2a.kernels import casts
-from moe_a2a.kernels.formats import QUANTISE, QUANTISE_POW2, header_bits
-from moe_a2a.kernels.launch import launch
+from moe_a2a.kernels.formats import GIVEN, GIVEN_POW2, QUANTISE, QUANTISE_POW2, header_bits
+from moe_a2a.kernels.launch import Launch
 from moe_a2a.kernels.signals import aligned, either, has_bit, is_last, pick, raise_flags
 
 EXPERTS_A_PROGRAM = 32
@@ -257,18 +259,14 @@ def dispatch_send(
     """Launch. x: [T, H], payload dtype, or FP8 for GIVEN; ids: int32 or int64 [T, K]; weights: fp32 [T, K] or None;
     scales: fp32 [T, H/128] for GIVEN. peers: int64 [R], addresses of all ranks' regions. The others: `Layout`."""
     tokens = x.shape[0]
-    quantise = mode in (QUANTISE, QUANTISE_POW2)
-    rows = x if quantise else x.view(torch.int32)
-    counters = -(-layout.E // EXPERTS_A_PROGRAM)
-    words = layout.H * x.element_size() // 4
+    launch, counters = _prepare(layout, mode, weights is not None, x.dtype, ids.dtype)
     launch(
-        _dispatch_send,
         min(tokens, _MOST_PROGRAMS) + counters,
         (
-            rows,
+            x,
             ids,
             weights if weights is not None else ids,
-            scales.view(torch.int32) if scales is not None else ids,
+            scales if scales is not None else ids,
             peers,
             control,
             live,
@@ -278,18 +276,29 @@ def dispatch_send(
             tokens,
             rank,
         ),
-        (
-            mode,
-            weights is not None,
-            header_bits(mode, weights is not None),
-            words,
-            counters,
-            EXPERTS_A_PROGRAM,
-            _SCAN,
-            min(_CHUNK_WORDS, power_of_two_at_least(words)),
-            min(_CHUNK_GROUPS, power_of_two_at_least(layout.G)),
-            layout,
-        ),
-        (rows.dtype, ids.dtype),
-        num_warps=_WARPS,
     )
+
+
+@functools.cache
+def _prepare(
+    layout: Layout, mode: int, weights: bool, x_dtype: torch.dtype, ids_dtype: torch.dtype
+) -> tuple[Launch, int]:
+    """The launch, and how many of its programs count."""
+    views = {} if mode in (QUANTISE, QUANTISE_POW2) else {0: torch.int32}
+    if mode in (GIVEN, GIVEN_POW2):
+        views[3] = torch.int32
+    counters = -(-layout.E // EXPERTS_A_PROGRAM)
+    words = layout.H * x_dtype.itemsize // 4
+    constants = (
+        mode,
+        weights,
+        header_bits(mode, weights),
+        words,
+        counters,
+        EXPERTS_A_PROGRAM,
+        _SCAN,
+        min(_CHUNK_WORDS, power_of_two_at_least(words)),
+        min(_CHUNK_GROUPS, power_of_two_at_least(layout.G)),
+        layout,
+    )
+    return Launch(_dispatch_send, constants, views, num_warps=_WARPS), counters

@@ -10,12 +10,14 @@ Memory-ordering contract
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
 from moe_a2a.gpu.layout import Layout
-from moe_a2a.kernels.launch import launch
+from moe_a2a.kernels.launch import Launch
 from moe_a2a.kernels.signals import has_bit, is_last, pick, raise_flags
 
 _WARPS = 4
@@ -60,11 +62,9 @@ def weights_push(
 ) -> None:
     """Launch. weights: fp32 [T, K]; hits: int64 [M], written by dispatch_send. The others: `Layout`."""
     tokens = weights.shape[0]
-    launch(
-        _weights_push,
-        max(1, -(-tokens // _TOKENS)),
-        (weights, peers, live, handle, hits, tokens, rank),
-        (_TOKENS, layout),
-        (),
-        num_warps=_WARPS,
-    )
+    _prepare(layout)(max(1, -(-tokens // _TOKENS)), (weights, peers, live, handle, hits, tokens, rank))
+
+
+@functools.cache
+def _prepare(layout: Layout) -> Launch:
+    return Launch(_weights_push, (_TOKENS, layout), num_warps=_WARPS)

@@ -58,9 +58,20 @@ class GpuHandle(Handle):
 
 
 @dataclass
+class Output:
+    """Storage of a masked result: see `Masked`. scales: [E_l, width, R*M], or None; shown: the same, transposed."""
+
+    x: torch.Tensor
+    counts: torch.Tensor
+    source: torch.Tensor
+    scales: torch.Tensor | None
+    shown: torch.Tensor | None
+
+
+@dataclass
 class Channel:
     """A channel's symmetric memory and what this rank keeps beside it. calls: dispatches that the host has launched;
-    outputs: storage of results, by (call's turn, name)."""
+    outputs: storage of results, by (call's turn, form of the rows)."""
 
     region: torch.Tensor
     peers: torch.Tensor
@@ -68,4 +79,4 @@ class Channel:
     slots: list[Slot]
     calls: int = 0
     open: list[GpuHandle] = field(default_factory=list)
-    outputs: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
+    outputs: dict[tuple[int, ScaleFormat | None], Output] = field(default_factory=dict)

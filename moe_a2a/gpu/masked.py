@@ -11,7 +11,7 @@ from moe_a2a.config import Config
 from moe_a2a.errors import HandleError, InputError, RankLost
 from moe_a2a.fp8 import FP8, ScaleFormat, scale_columns
 from moe_a2a.gpu import inputs
-from moe_a2a.gpu.handle import Channel, GpuHandle, Slot
+from moe_a2a.gpu.handle import Channel, GpuHandle, Output, Slot
 from moe_a2a.gpu.layout import SLOTS, Layout
 from moe_a2a.gpu.report import NO_BAD_INPUT, describe_bad_input, ranks_of
 from moe_a2a.kernels.combine_recv import combine_recv
@@ -124,31 +124,25 @@ class MaskedRank:
         """Launch the receiving half. out: storage for x, [E_l, R*M, H]. Raises InputError, HandleError."""
         mine, state = self._step(handle, Phase.SENT)
         layout = self.layout
-        dtype = self.config.dtype if mine._fp8 is None else FP8
-        shape = (layout.E_L, layout.CAP, layout.H)
-        if out is None:
-            x = self._output(state, mine, "x", shape, dtype)
-        else:
-            x = inputs.check_tensor("out", out, shape, (dtype,), self.device)
-        counts = self._output(state, mine, "counts", (layout.E_L,), torch.int32)
-        source = self._output(state, mine, "source", (layout.E_L, layout.CAP), torch.int32)
-        scales = None
-        if mine._fp8 is not None:
-            width, form = scale_columns(layout.H, mine._fp8)
-            scales = self._output(state, mine, "scales", (layout.E_L, width, layout.CAP), form)
+        if out is not None:
+            shape = (layout.E_L, layout.CAP, layout.H)
+            dtype = self.config.dtype if mine._fp8 is None else FP8
+            out = inputs.check_tensor("out", out, shape, (dtype,), self.device)
+        result = self._output(state, mine, out is None)
+        x = result.x if out is None else out
         dispatch_recv(
             layout,
             self.rank,
             x,
-            scales,
-            counts,
-            source,
+            result.scales,
+            result.counts,
+            result.source,
             mine.bits,
             places=mine.slot.places,
             **self._waiting(mine, state),
         )
         mine.phase = Phase.RECEIVED
-        return Masked(x, counts, source, None if scales is None else scales.transpose(1, 2), mine)
+        return Masked(x, result.counts, result.source, result.shown, mine)
 
     # combine
 
@@ -284,11 +278,26 @@ class MaskedRank:
             return None
         return inputs.check_tensor("topk_weights", weights, (tokens, self.config.top_k), (torch.float32,), self.device)
 
-    def _output(
-        self, state: Channel, handle: GpuHandle, name: str, shape: tuple[int, ...], dtype: torch.dtype
-    ) -> torch.Tensor:
-        """Storage of a result, the same one at every second dispatch of the channel."""
-        key = (handle.call % SLOTS, f"{name} {dtype}")
-        if key not in state.outputs:
-            state.outputs[key] = torch.empty(shape, dtype=dtype, device=self.device)
-        return state.outputs[key]
+    def _output(self, state: Channel, handle: GpuHandle, rows: bool) -> Output:
+        """Storage of a result, the same at every second dispatch of the channel. rows: also for x, which is large."""
+        key = (handle.call % SLOTS, handle._fp8)
+        found = state.outputs.get(key)
+        if found is None:
+            found = state.outputs[key] = self._allocate(handle._fp8)
+        if rows and not found.x.numel():
+            layout = self.layout
+            found.x = found.x.new_empty((layout.E_L, layout.CAP, layout.H))
+        return found
+
+    def _allocate(self, fp8: ScaleFormat | None) -> Output:
+        layout, scales = self.layout, None
+        if fp8 is not None:
+            width, form = scale_columns(layout.H, fp8)
+            scales = torch.empty((layout.E_L, width, layout.CAP), dtype=form, device=self.device)
+        return Output(
+            torch.empty(0, dtype=self.config.dtype if fp8 is None else FP8, device=self.device),
+            torch.empty(layout.E_L, dtype=torch.int32, device=self.device),
+            torch.empty((layout.E_L, layout.CAP), dtype=torch.int32, device=self.device),
+            scales,
+            None if scales is None else scales.transpose(1, 2),
+        )
