@@ -59,7 +59,7 @@ class GpuBackend:
             )
             self._seen = torch.tensor([NO_BAD_INPUT, 0], dtype=torch.int64).pin_memory()
             torch.cuda.synchronize()
-        self._news = self._seen.numpy()
+        self._news = memoryview(self._seen.numpy())
         self._since, self._copied = 0, time.monotonic()
         self._compiled: set[tuple[object, ...]] = set()
         self._compiling: GpuHandle | None = None
@@ -86,10 +86,12 @@ class GpuBackend:
         channel: str | None,
     ) -> Handle:
         self._health.check()
-        self._look()
+        if self._peers.lost or self._news[0] != NO_BAD_INPUT or self._news[1]:
+            self._look()
         with self._current():
             handle = self.rank.dispatch_send(x, topk_ids, topk_weights, scales=scales, fp8=fp8, channel=channel)
-            self._allow_for_compiling(handle)
+            if (handle.bits, handle.has_weights) not in self._compiled:
+                self._allow_for_compiling(handle)
         return handle
 
     def dispatch_recv(self, handle: Handle, layout: Layout, alignment: int, out: torch.Tensor | None) -> Masked:
@@ -137,11 +139,10 @@ class GpuBackend:
         self._copy_reports()
 
     def _look(self) -> None:
-        """Raise what is known without asking the device."""
-        if self._peers.lost or self._news[0] != NO_BAD_INPUT or self._news[1]:
-            if torch.cuda.is_current_stream_capturing():
-                return  # the device cannot be asked; the call after the capture raises it
-            self._raise_reports()
+        """Raise what is known to have gone wrong."""
+        if torch.cuda.is_current_stream_capturing():
+            return  # the device cannot be asked; the call after the capture raises it
+        self._raise_reports()
         try:
             self._peers.check()
         except RankLost as error:
@@ -150,7 +151,7 @@ class GpuBackend:
 
     def _raise_reports(self) -> None:
         """Raise what kernels of this device have found. Waits for the current stream."""
-        self._news[:] = NO_BAD_INPUT, 0
+        self._news[0], self._news[1] = NO_BAD_INPUT, 0
         try:
             with self._current():
                 self.rank.check()
@@ -198,9 +199,8 @@ class GpuBackend:
 
     def _allow_for_compiling(self, handle: GpuHandle) -> None:
         """A step of a kind that this rank has not made before may meet ranks that are still compiling its kernels."""
-        kind = (handle.bits, handle.has_weights)
-        if kind not in self._compiled and not torch.cuda.is_current_stream_capturing():
-            self._compiled.add(kind)
+        if not torch.cuda.is_current_stream_capturing():
+            self._compiled.add((handle.bits, handle.has_weights))
             self._compiling = handle
             self._set_budget(self.options.timeout_s + _COMPILE_S)
 
