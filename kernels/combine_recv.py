@@ -27,22 +27,22 @@ _BLOCK = 2048
 _PROGRAMS_A_SM = 8
 
 
-@triton.jit(do_not_specialize=["tokens"])
-def _combine_recv(
-    out, region, control, alive, handle, hits, report, tokens,
+@triton.jit
+def add_sums(
+    pid, programs, out, region, control, alive, handle, hits, report, tokens,
     BLOCK: tl.constexpr, L: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
+    """What program `pid` of `programs` does."""
     step = tl.load(handle + L.STEP)
     want = tl.load(handle + L.VIEW_MASK)
     block = region.to(tl.int64) + (step & 1) * L.parity_bytes
-    arrived, excluded = wait(block, handle, control, alive, L.COMBINE, want, step, L, LANES)
+    arrived, excluded = wait(pid, block, handle, control, alive, L.COMBINE, want, step, L, LANES)
     good = arrived & ~excluded
 
     BLOCKS: tl.constexpr = (L.H + BLOCK - 1) // BLOCK
     DTYPE: tl.constexpr = out.dtype.element_ty
     R: tl.constexpr = L.R
-    for number in range(pid, tokens * BLOCKS, tl.num_programs(0)):
+    for number in range(pid, tokens * BLOCKS, programs):
         item = tl.full([], 0, tl.int32) + number  # the interpreter's loops count in Python ints
         column = (item % BLOCKS) * BLOCK + tl.arange(0, BLOCK)
         t = item // BLOCKS
@@ -57,6 +57,17 @@ def _combine_recv(
     if (pid == 0) & (good != want):
         tl.atomic_or(handle + L.MISSING, want & ~good)
         tl.atomic_or(report + L.LOST, want & ~good)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _combine_recv(
+    out, region, control, alive, handle, hits, report, tokens,
+    BLOCK: tl.constexpr, L: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    add_sums(
+        tl.program_id(0), tl.num_programs(0), out, region, control, alive, handle, hits, report, tokens,
+        BLOCK, L, LANES,
+    )  # fmt: skip
 
 
 def combine_recv(
@@ -83,5 +94,10 @@ def combine_recv(
 @functools.cache
 def _prepare(layout: Layout, dtype: torch.dtype) -> tuple[Launch, int]:
     """The launch, and the work items of a token."""
-    block = min(_BLOCK, power_of_two_at_least(layout.H))
+    block = recv_block(layout)
     return Launch(_combine_recv, (block, layout, 32 * _WARPS), num_warps=_WARPS), -(-layout.H // block)
+
+
+def recv_block(layout: Layout) -> int:
+    """Columns of a work item."""
+    return min(_BLOCK, power_of_two_at_least(layout.H))

@@ -28,12 +28,12 @@ _BLOCK = 1024  # columns of a work item: 16 bytes of bf16 a thread and expert
 _PROGRAMS_A_SM = 8
 
 
-@triton.jit(do_not_specialize=["rank"])
-def _combine_send(
-    y, region, peers, control, alive, live, handle, places, report, rank,
+@triton.jit
+def send_sums(
+    pid, programs, y, region, peers, control, alive, live, handle, places, report, rank,
     ROWS: tl.constexpr, PUSHED: tl.constexpr, BLOCK: tl.constexpr, L: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
+    """What program `pid` of `programs` does."""
     r = tl.arange(0, L.R_PAD)
     bases = tl.load(peers + r, mask=r < L.R, other=0)
     step = tl.load(handle + L.STEP)
@@ -43,13 +43,13 @@ def _combine_send(
     block = (step & 1) * L.parity_bytes
     mine = region.to(tl.int64) + block
     if PUSHED:
-        received, _ = wait(mine, handle, control, alive, L.WEIGHTS, received, step, L, LANES)
+        received, _ = wait(pid, mine, handle, control, alive, L.WEIGHTS, received, step, L, LANES)
     weights = (mine + L.weights).to(tl.pointer_type(tl.float32))
 
     BLOCKS: tl.constexpr = (L.H + BLOCK - 1) // BLOCK
     DTYPE: tl.constexpr = y.dtype.element_ty
     K: tl.constexpr = L.K
-    for number in range(pid, longest * (L.R * BLOCKS), tl.num_programs(0)):
+    for number in range(pid, longest * (L.R * BLOCKS), programs):
         item = tl.full([], 0, tl.int32) + number  # the interpreter's loops count in Python ints
         column = (item % BLOCKS) * BLOCK + tl.arange(0, BLOCK)
         s = (item // BLOCKS) % L.R
@@ -69,13 +69,25 @@ def _combine_send(
             to = pick(bases, s, L) + block + L.sums + (rank * L.M + t).to(tl.int64) * L.sum_stride
             tl.store(aligned(to, DTYPE) + column, to_payload(total, DTYPE), mask=inside)
 
-    if is_last(live + (L.FINISHED + L.COMBINE)):
+    if is_last(live + (L.FINISHED + L.COMBINE), programs):
         value = 2 * step + tl.where(has_bit(received, r.to(tl.int64)), 0, 1)
         raise_flags(bases, block + L.flags + L.COMBINE * L.R * 8, rank, value, mask, L)
+        tl.store(handle + L.SENT, tl.full([], 0, tl.int64))
         lost = mask & ~received
         if lost != 0:
             tl.atomic_or(handle + L.MISSING, lost)
             tl.atomic_or(report + L.LOST, lost)
+
+
+@triton.jit(do_not_specialize=["rank"])
+def _combine_send(
+    y, region, peers, control, alive, live, handle, places, report, rank,
+    ROWS: tl.constexpr, PUSHED: tl.constexpr, BLOCK: tl.constexpr, L: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    send_sums(
+        tl.program_id(0), tl.num_programs(0), y, region, peers, control, alive, live, handle, places, report, rank,
+        ROWS, PUSHED, BLOCK, L, LANES,
+    )  # fmt: skip
 
 
 def combine_send(
@@ -106,9 +118,14 @@ def combine_send(
 @functools.cache
 def _prepare(layout: Layout, pushed: bool, dtype: torch.dtype | None, processors: int) -> tuple[Launch, int]:
     """The launch, and its programs. dtype: of the rows; None: there are none."""
-    block = min(_BLOCK, power_of_two_at_least(layout.H))
+    block = send_block(layout)
     items = 1 if dtype is None else layout.CAP * -(-layout.H // block)
     constants = (dtype is not None, pushed, block, layout, 32 * _WARPS)
     # Products and sums are rounded one by one, as CPU ranks and the oracle do: the bits are the same everywhere.
     launch = Launch(_combine_send, constants, num_warps=_WARPS, enable_fp_fusion=False)
     return launch, min(items, processors * _PROGRAMS_A_SM)
+
+
+def send_block(layout: Layout) -> int:
+    """Columns of a work item."""
+    return min(_BLOCK, power_of_two_at_least(layout.H))

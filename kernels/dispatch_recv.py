@@ -63,19 +63,18 @@ def _copy_scales(
     tl.store(out + address, value[None, :] + (to * 0)[:, None], mask=(to >= 0)[:, None] & (n < WIDTH)[None, :])
 
 
-@triton.jit(do_not_specialize=["rank"])
-def _dispatch_recv(
-    x, scales, counts, source, region, control, alive, handle, places, report, rank,
+@triton.jit
+def receive_tokens(
+    pid, programs, x, scales, counts, source, region, control, alive, handle, places, report, rank,
     BITS: tl.constexpr, SCALES: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, EXPERTS: tl.constexpr,
     L: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
-    programs = tl.num_programs(0)
+    """What program `pid` of `programs` does."""
     step = tl.load(handle + L.STEP)
     want = tl.load(handle + L.VIEW_MASK)
     epoch = tl.load(handle + L.VIEW_EPOCH)
     block = region.to(tl.int64) + (step & 1) * L.parity_bytes
-    arrived, _ = wait(block, handle, control, alive, L.DISPATCH, want, step, L, LANES)
+    arrived, _ = wait(pid, block, handle, control, alive, L.DISPATCH, want, step, L, LANES)
 
     r = tl.arange(0, L.R_PAD)
     header = (block + L.headers).to(tl.pointer_type(tl.int64)) + r * L.HEADER_WORDS
@@ -133,6 +132,18 @@ def _dispatch_recv(
             tl.atomic_or(report + L.LOST, want & ~good)
 
 
+@triton.jit(do_not_specialize=["rank"])
+def _dispatch_recv(
+    x, scales, counts, source, region, control, alive, handle, places, report, rank,
+    BITS: tl.constexpr, SCALES: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, EXPERTS: tl.constexpr,
+    L: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    receive_tokens(
+        tl.program_id(0), tl.num_programs(0), x, scales, counts, source, region, control, alive, handle, places,
+        report, rank, BITS, SCALES, WORDS, BLOCK, EXPERTS, L, LANES,
+    )  # fmt: skip
+
+
 def dispatch_recv(
     layout: Layout,
     rank: int,
@@ -177,12 +188,21 @@ def _prepare(
     layout: Layout, bits: int, dtype: torch.dtype, scales: torch.dtype | None, processors: int
 ) -> tuple[Launch, int]:
     """The launch, and its programs."""
+    constants, items = recv_constants(layout, dtype, scales)
+    launch = Launch(
+        _dispatch_recv,
+        (bits, *constants, layout, 32 * _WARPS),
+        {0: torch.int32, 1: torch.int32},
+        num_warps=_WARPS,
+    )
+    return launch, min(items, processors * _PROGRAMS_A_SM)
+
+
+def recv_constants(layout: Layout, dtype: torch.dtype, scales: torch.dtype | None) -> tuple[tuple[int, ...], int]:
+    """`receive_tokens`' constants, from SCALES to EXPERTS, and the most work items there can be."""
     words = layout.H * dtype.itemsize // 4
     form = NO_SCALES if scales is None else FP32_SCALES if scales == torch.float32 else PACKED_SCALES
     block = min(_BLOCK_WORDS, power_of_two_at_least(words))
     if form == PACKED_SCALES:
         block = max(block, 128)
-    items = layout.CAP * -(-words // block)
-    constants = (bits, form, words, block, power_of_two_at_least(layout.E_L), layout, 32 * _WARPS)
-    launch = Launch(_dispatch_recv, constants, {0: torch.int32, 1: torch.int32}, num_warps=_WARPS)
-    return launch, min(items, processors * _PROGRAMS_A_SM)
+    return (form, words, block, power_of_two_at_least(layout.E_L)), layout.CAP * -(-words // block)

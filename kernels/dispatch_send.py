@@ -185,14 +185,14 @@ def _send_token(
                 tl.store((to + L.weights).to(tl.pointer_type(tl.float32)) + k, weight, mask=k < L.K)
 
 
-@triton.jit(do_not_specialize=["tokens", "rank"])
-def _dispatch_send(
-    x, ids, weights, scales, peers, control, live, handle, hits, report, tokens, rank,
+@triton.jit
+def send_tokens(
+    pid, programs, x, ids, weights, scales, peers, control, live, handle, hits, report, tokens, rank,
     MODE: tl.constexpr, WEIGHTS: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr, COUNTERS: tl.constexpr,
     EXPERTS: tl.constexpr, SCAN: tl.constexpr, CHUNK_WORDS: tl.constexpr, CHUNK_GROUPS: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
-    senders = tl.num_programs(0) - COUNTERS
+    """What program `pid` of `programs` does."""
+    senders = programs - COUNTERS
     r = tl.arange(0, L.R_PAD)
     bases = tl.load(peers + r, mask=r < L.R, other=0)
     step = tl.load(live + L.LIVE_STEP) + 1
@@ -229,7 +229,7 @@ def _dispatch_send(
         tl.store(header + L.HEADER_TOKENS, tokens + zero, mask=on)
         tl.store(header + L.HEADER_BITS, BITS + zero, mask=on)
 
-    if is_last(live + (L.FINISHED + L.DISPATCH)):
+    if is_last(live + (L.FINISHED + L.DISPATCH), programs):
         flags = block + L.flags + L.DISPATCH * L.R * 8
         raise_flags(bases, flags, rank, 2 * step + (r * 0).to(tl.int64), mask, L)
         tl.store(handle + L.STEP, step)
@@ -238,6 +238,20 @@ def _dispatch_send(
         rest = L.RECEIVED + tl.arange(0, 16)
         tl.store(handle + rest, (rest * 0).to(tl.int64), mask=rest < L.VERDICT + L.PHASES)
         tl.store(live + L.LIVE_STEP, step)
+        tl.debug_barrier()
+        tl.atomic_xchg(handle + L.SENT, tl.full([], 1, tl.int64), sem="release", scope="gpu")
+
+
+@triton.jit(do_not_specialize=["tokens", "rank"])
+def _dispatch_send(
+    x, ids, weights, scales, peers, control, live, handle, hits, report, tokens, rank,
+    MODE: tl.constexpr, WEIGHTS: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr, COUNTERS: tl.constexpr,
+    EXPERTS: tl.constexpr, SCAN: tl.constexpr, CHUNK_WORDS: tl.constexpr, CHUNK_GROUPS: tl.constexpr, L: tl.constexpr,
+):  # fmt: skip
+    send_tokens(
+        tl.program_id(0), tl.num_programs(0), x, ids, weights, scales, peers, control, live, handle, hits, report,
+        tokens, rank, MODE, WEIGHTS, BITS, WORDS, COUNTERS, EXPERTS, SCAN, CHUNK_WORDS, CHUNK_GROUPS, L,
+    )  # fmt: skip
 
 
 def dispatch_send(
@@ -258,10 +272,10 @@ def dispatch_send(
 ) -> None:
     """Launch. x: [T, H], payload dtype, or FP8 for GIVEN; ids: int32 or int64 [T, K]; weights: fp32 [T, K] or None;
     scales: fp32 [T, H/128] for GIVEN. peers: int64 [R], addresses of all ranks' regions. The others: `Layout`."""
-    tokens = x.shape[0]
     launch, counters = _prepare(layout, mode, weights is not None, x.dtype, ids.dtype)
+    tokens = x.shape[0]
     launch(
-        min(tokens, _MOST_PROGRAMS) + counters,
+        senders(tokens, counters),
         (
             x,
             ids,
@@ -284,21 +298,33 @@ def _prepare(
     layout: Layout, mode: int, weights: bool, x_dtype: torch.dtype, ids_dtype: torch.dtype
 ) -> tuple[Launch, int]:
     """The launch, and how many of its programs count."""
-    views = {} if mode in (QUANTISE, QUANTISE_POW2) else {0: torch.int32}
-    if mode in (GIVEN, GIVEN_POW2):
-        views[3] = torch.int32
-    counters = -(-layout.E // EXPERTS_A_PROGRAM)
+    constants = send_constants(layout, mode, weights, x_dtype)
+    views = dict.fromkeys(send_views(mode), torch.int32)
+    return Launch(_dispatch_send, (*constants, layout), views, num_warps=_WARPS), constants[4]
+
+
+def senders(tokens: int, counters: int) -> int:
+    """Programs that send `tokens` tokens."""
+    return min(tokens, _MOST_PROGRAMS) + counters
+
+
+def send_views(mode: int) -> list[int]:
+    """Which of (x, ids, weights, scales) are read as 4-byte words, whatever they hold."""
+    rows = [] if mode in (QUANTISE, QUANTISE_POW2) else [0]
+    return [*rows, 3] if mode in (GIVEN, GIVEN_POW2) else rows
+
+
+def send_constants(layout: Layout, mode: int, weights: bool, x_dtype: torch.dtype) -> tuple[int, ...]:
+    """`send_tokens`' constants, from MODE to CHUNK_GROUPS."""
     words = layout.H * x_dtype.itemsize // 4
-    constants = (
+    return (
         mode,
         weights,
         header_bits(mode, weights),
         words,
-        counters,
+        -(-layout.E // EXPERTS_A_PROGRAM),
         EXPERTS_A_PROGRAM,
         _SCAN,
         min(_CHUNK_WORDS, power_of_two_at_least(words)),
         min(_CHUNK_GROUPS, power_of_two_at_least(layout.G)),
-        layout,
     )
-    return Launch(_dispatch_send, constants, views, num_warps=_WARPS), counters

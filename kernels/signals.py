@@ -130,12 +130,13 @@ def _uniform(pointer, LANES: tl.constexpr):
 
 
 @triton.jit
-def wait(region, handle, control, alive, PHASE: tl.constexpr, want, step, L: tl.constexpr, LANES: tl.constexpr):
+def wait(pid, region, handle, control, alive, PHASE: tl.constexpr, want, step, L: tl.constexpr, LANES: tl.constexpr):
     """Wait for the flags of the sources in `want`. Returns (arrived, excluded), masks of sources, both within `want`.
 
-    region: int64 address of this rank's block of the step's parity; handle, control: int64 words (`Layout`); alive:
-    int64 word that the host may change at any time, a bit for each rank that lives. Ends when every source has
-    arrived, or when control's BUDGET_NS is over or `alive` loses a source: then `arrived` lacks it, in all programs.
+    pid: this program's number among those that wait. region: int64 address of this rank's block of the step's parity;
+    handle, control: int64 words (`Layout`); alive: int64 word that the host may change at any time, a bit for each rank
+    that lives. Ends when every source has arrived, or when control's BUDGET_NS is over or `alive` loses a source: then
+    `arrived` lacks it, in all programs.
     """
     flags = (region + L.flags + PHASE * L.R * 8).to(tl.pointer_type(tl.int64))
     deadline = handle + (L.DEADLINE + PHASE)
@@ -147,7 +148,7 @@ def wait(region, handle, control, alive, PHASE: tl.constexpr, want, step, L: tl.
             if polls == _SPINS:
                 tl.atomic_cas(deadline, tl.full([], 0, tl.int64), now() + tl.load(control + L.BUDGET_NS))
             # One program looks for all: thousands that read one word of host memory at once take milliseconds.
-            if (tl.program_id(0) == 0) & (polls % _LOOKS == _LOOKS - 1):
+            if (pid == 0) & (polls % _LOOKS == _LOOKS - 1):
                 gone = want & ~_uniform(alive, LANES)
                 if (gone & ~bits) != 0:
                     tl.atomic_min(deadline, now() + MARGIN_NS)
@@ -164,14 +165,23 @@ def wait(region, handle, control, alive, PHASE: tl.constexpr, want, step, L: tl.
 
 
 @triton.jit
-def is_last(counter):
-    """Announce that this program is done; True in the last of the launch, which sees all that the others stored.
+def until_sent(handle, L: tl.constexpr, LANES: tl.constexpr):
+    """Wait until the last sending program of this launch has written the handle. It does not wait for anybody."""
+    lane = tl.arange(0, LANES).to(tl.int64) * 0
+    address = (handle + L.SENT).to(tl.int64) + lane
+    while tl.max(_load_acquire(address.to(tl.pointer_type(tl.int64))), 0) == 0:
+        pass
+
+
+@triton.jit
+def is_last(counter, programs):
+    """Announce that this program is done; True in the last of `programs`, which sees all that the others stored.
 
     counter: int64 of this GPU, 0 before the launch and again after it.
     """
     tl.debug_barrier()
     done = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
-    last = done == tl.num_programs(0) - 1
+    last = done == programs - 1
     if last:
         tl.store(counter, tl.full([], 0, tl.int64))
     return last

@@ -45,7 +45,7 @@ def _weights_push(
             at = (rank * L.M + t)[:, None] * L.K + k[None, :]
             tl.store(to + at, value, mask=inside & has_bit(hit, r)[:, None])
 
-    if is_last(live + (L.FINISHED + L.WEIGHTS)):
+    if is_last(live + (L.FINISHED + L.WEIGHTS), tl.num_programs(0)):
         flag = 2 * step + (lane * 0).to(tl.int64)
         raise_flags(bases, block + L.flags + L.WEIGHTS * L.R * 8, rank, flag, mask, L)
 

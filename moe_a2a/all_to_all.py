@@ -127,17 +127,11 @@ class AllToAll:
         channel: str | None = None,
         out: torch.Tensor | None = None,
     ) -> Dispatched:
-        """Send every token to the ranks that own its experts, and receive theirs. `dispatch_send`, then
+        """Send every token to the ranks that own its experts, and receive theirs: `dispatch_send`, then
         `dispatch_recv`."""
         _check_layout(layout)
         checks.check_alignment(alignment)
-        self._backend.check_dispatch(x, layout, fp8, out)
-        handle = self.dispatch_send(x, topk_ids, topk_weights, scales=scales, fp8=fp8, channel=channel)
-        try:
-            return self.dispatch_recv(handle, layout=layout, alignment=alignment, out=out)
-        except InputError as error:  # out is too small for what arrived: the step is open, and not to be lost
-            error.handle = handle
-            raise
+        return self._backend.dispatch(x, topk_ids, topk_weights, scales, fp8, channel, layout, alignment, out)
 
     def dispatch_send(
         self,
@@ -189,10 +183,7 @@ class AllToAll:
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Send the experts' outputs back and sum them. `combine_send`, then `combine_recv`."""
-        if out is not None:
-            self._backend.check_combine(handle, out)
-        self.combine_send(y, handle, topk_weights)
-        return self.combine_recv(handle, out=out)
+        return self._backend.combine(y, handle, topk_weights, out)
 
     def combine_send(self, y: torch.Tensor, handle: Handle, topk_weights: torch.Tensor | None = None) -> None:
         """Reduce the experts' outputs for each received token and send one row back to its rank.

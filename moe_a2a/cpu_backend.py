@@ -51,12 +51,27 @@ class CpuBackend:
 
     # dispatch
 
-    def check_dispatch(
-        self, x: torch.Tensor, layout: Layout, fp8: ScaleFormat | None, out: torch.Tensor | None
-    ) -> None:
+    def dispatch(
+        self,
+        x: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor | None,
+        scales: torch.Tensor | None,
+        fp8: ScaleFormat | None,
+        channel: str | None,
+        layout: Layout,
+        alignment: int,
+        out: torch.Tensor | None,
+    ) -> Dispatched:
         if out is not None:
             dtype = FP8 if fp8 is not None or (isinstance(x, torch.Tensor) and x.dtype == FP8) else self.config.dtype
             self._unpacker.check_out(layout, out, dtype)
+        handle = self.dispatch_send(x, topk_ids, topk_weights, scales, fp8, channel)
+        try:
+            return self.dispatch_recv(handle, layout, alignment, out)
+        except InputError as error:  # out is too small for what arrived: the step is open, and not to be lost
+            error.handle = handle
+            raise
 
     @torch.no_grad()
     def dispatch_send(
@@ -120,7 +135,15 @@ class CpuBackend:
 
     # combine
 
-    def check_combine(self, handle: Handle, out: torch.Tensor) -> None:
+    def combine(
+        self, y: torch.Tensor, handle: Handle, topk_weights: torch.Tensor | None, out: torch.Tensor | None
+    ) -> torch.Tensor:
+        if out is not None:
+            self._check_sums(handle, out)
+        self.combine_send(y, handle, topk_weights)
+        return self.combine_recv(handle, out)
+
+    def _check_sums(self, handle: Handle, out: torch.Tensor) -> None:
         step = self._step(handle, Phase.RECEIVED, Phase.COMBINING)
         checks.check_matrix("out", out, (step.tokens, self.config.hidden_size), (self.config.dtype,))
 
@@ -149,7 +172,7 @@ class CpuBackend:
     def combine_recv(self, handle: Handle, out: torch.Tensor | None) -> torch.Tensor:
         step = self._step(handle, Phase.COMBINING)
         if out is not None:
-            self.check_combine(handle, out)
+            self._check_sums(handle, out)
         result = (
             out if out is not None else torch.empty((step.tokens, self.config.hidden_size), dtype=self.config.dtype)
         )

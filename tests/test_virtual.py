@@ -307,3 +307,24 @@ def test_a_rank_outside_the_view_gets_nothing_and_is_not_waited_for() -> None:
     check_dispatch(group, without(inputs, 1), [got], None, [0])
     assert torch.equal(group.ranks[1]._channels[0].region, before)
     assert group.ranks[0].missing(handle) == []
+
+
+@pytest.mark.parametrize("fp8", [None, "fp32", "ue8m0"])
+def test_both_halves_in_one_launch_match_the_oracle(fp8: ScaleFormat | None) -> None:
+    """As eager steps of GPU ranks are launched. One rank: in the interpreter, others could not send meanwhile."""
+    group = group_of(1, hidden=256, top_k=3, tokens=5)
+    rank = group.ranks[0]
+    for number, tokens in enumerate((5, 0, 3)):
+        inputs = make_inputs(group.config, number, 0, [tokens], holes=0.2)
+        mine, y = inputs[0], expert_outputs(group, number)
+        weights = mine.topk_weights if number != 2 else None
+        storage = Steps(group).poisoned(fp8)[0]
+        got = rank.dispatch(mine.x, mine.topk_ids, weights, fp8=fp8, out=storage)
+        assert got.x is storage
+        check_dispatch(group, inputs, [got], fp8)
+        out = torch.full_like(mine.x, float("nan"))
+        assert rank.combine(y[0], got.handle, mine.topk_weights if weights is None else None, out=out) is out
+        check_combine(group, inputs, y, [out])
+        with pytest.raises(HandleError, match="finished"):
+            rank.combine(y[0], got.handle)
+    group.check()

@@ -15,7 +15,7 @@ from moe_a2a.backend import Health
 from moe_a2a.bootstrap import Bootstrap
 from moe_a2a.config import Config, Options
 from moe_a2a.errors import HandleError, InputError, RankLost
-from moe_a2a.fp8 import FP8, ScaleFormat
+from moe_a2a.fp8 import ScaleFormat
 from moe_a2a.gpu import inputs
 from moe_a2a.gpu.handle import GpuHandle
 from moe_a2a.gpu.layout import Layout as Places
@@ -59,22 +59,31 @@ class GpuBackend:
             )
             self._seen = torch.tensor([NO_BAD_INPUT, 0], dtype=torch.int64).pin_memory()
             torch.cuda.synchronize()
-        self._news = memoryview(self._seen.numpy())
+        self._news = memoryview(self._seen.numpy().data)
         self._since, self._copied = 0, time.monotonic()
         self._compiled: set[tuple[object, ...]] = set()
         self._compiling: GpuHandle | None = None
 
     # dispatch
 
-    def check_dispatch(
-        self, x: torch.Tensor, layout: Layout, fp8: ScaleFormat | None, out: torch.Tensor | None
-    ) -> None:
+    def dispatch(
+        self,
+        x: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor | None,
+        scales: torch.Tensor | None,
+        fp8: ScaleFormat | None,
+        channel: str | None,
+        layout: Layout,
+        alignment: int,
+        out: torch.Tensor | None,
+    ) -> Masked:
         _check_layout(layout)
-        if out is not None:
-            quantised = fp8 is not None or (isinstance(x, torch.Tensor) and x.dtype == FP8)
-            places = self._layout
-            shape = (places.E_L, places.CAP, places.H)
-            inputs.check_tensor("out", out, shape, (FP8 if quantised else self.config.dtype,), self.device)
+        self._ready()
+        with self._current():
+            got = self.rank.dispatch(x, topk_ids, topk_weights, scales=scales, fp8=fp8, channel=channel, out=out)
+            self._sent(got.handle)
+        return got
 
     def dispatch_send(
         self,
@@ -85,13 +94,10 @@ class GpuBackend:
         fp8: ScaleFormat | None,
         channel: str | None,
     ) -> Handle:
-        self._health.check()
-        if self._peers.lost or self._news[0] != NO_BAD_INPUT or self._news[1]:
-            self._look()
+        self._ready()
         with self._current():
             handle = self.rank.dispatch_send(x, topk_ids, topk_weights, scales=scales, fp8=fp8, channel=channel)
-            if (handle.bits, handle.has_weights) not in self._compiled:
-                self._allow_for_compiling(handle)
+            self._sent(handle)
         return handle
 
     def dispatch_recv(self, handle: Handle, layout: Layout, alignment: int, out: torch.Tensor | None) -> Masked:
@@ -102,9 +108,14 @@ class GpuBackend:
 
     # combine
 
-    def check_combine(self, handle: Handle, out: torch.Tensor) -> None:
-        tokens = self._own(handle).tokens
-        inputs.check_tensor("out", out, (tokens, self._layout.H), (self.config.dtype,), self.device)
+    def combine(
+        self, y: torch.Tensor, handle: Handle, topk_weights: torch.Tensor | None, out: torch.Tensor | None
+    ) -> torch.Tensor:
+        self._health.check()
+        with self._current():
+            result = self.rank.combine(y, handle, topk_weights, out=out)
+            self._ended(handle)
+        return result if out is None else out
 
     def combine_send(self, y: torch.Tensor, handle: Handle, topk_weights: torch.Tensor | None) -> None:
         mine, places = self._own(handle), self._layout
@@ -137,6 +148,12 @@ class GpuBackend:
         torch.cuda.synchronize(self.device)
         self._raise_reports()
         self._copy_reports()
+
+    def _ready(self) -> None:
+        """Before a step begins: raise what is known to have gone wrong, without asking the device on the good path."""
+        self._health.check()
+        if self._peers.lost or self._news[0] != NO_BAD_INPUT or self._news[1]:
+            self._look()
 
     def _look(self) -> None:
         """Raise what is known to have gone wrong."""
@@ -197,10 +214,12 @@ class GpuBackend:
             raise HandleError("this handle belongs to another AllToAll; use it with the object that made it")
         return handle
 
-    def _allow_for_compiling(self, handle: GpuHandle) -> None:
+    def _sent(self, handle: Handle) -> None:
         """A step of a kind that this rank has not made before may meet ranks that are still compiling its kernels."""
-        if not torch.cuda.is_current_stream_capturing():
-            self._compiled.add((handle.bits, handle.has_weights))
+        assert isinstance(handle, GpuHandle)
+        kind = (handle.bits, handle.has_weights)
+        if kind not in self._compiled and not torch.cuda.is_current_stream_capturing():
+            self._compiled.add(kind)
             self._compiling = handle
             self._set_budget(self.options.timeout_s + _COMPILE_S)
 

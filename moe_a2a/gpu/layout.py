@@ -91,6 +91,7 @@ class Layout:
     MISSING: ClassVar[int] = 5  # ranks that are missing from this step, whatever the phase
     DEADLINE: ClassVar[int] = 6  # + phase; 0 until somebody has to wait
     VERDICT: ClassVar[int] = 9  # + phase; 0 unless a deadline came near
+    SENT: ClassVar[int] = 15  # 1 from the end of dispatch's sending half to that of combine's
     HANDLE_WORDS: ClassVar[int] = 16
 
     # Words of a header.

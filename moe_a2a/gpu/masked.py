@@ -14,8 +14,10 @@ from moe_a2a.gpu import inputs
 from moe_a2a.gpu.handle import Channel, GpuHandle, Output, Slot
 from moe_a2a.gpu.layout import SLOTS, Layout
 from moe_a2a.gpu.report import NO_BAD_INPUT, describe_bad_input, ranks_of
+from moe_a2a.kernels.combine import combine
 from moe_a2a.kernels.combine_recv import combine_recv
 from moe_a2a.kernels.combine_send import combine_send
+from moe_a2a.kernels.dispatch import dispatch
 from moe_a2a.kernels.dispatch_recv import dispatch_recv
 from moe_a2a.kernels.dispatch_send import dispatch_send
 from moe_a2a.kernels.formats import COPY, GIVEN, GIVEN_POW2, QUANTISE, QUANTISE_POW2, header_bits
@@ -24,6 +26,8 @@ from moe_a2a.step import Phase
 from moe_a2a.types import Handle, Masked
 
 _NEVER = 1 << 62
+#: Rows, ids, router weights, scales.
+_Brought = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
 
 class MaskedRank:
@@ -83,6 +87,72 @@ class MaskedRank:
     ) -> GpuHandle:
         """Launch the sending half of a step. Arguments as `AllToAll.dispatch_send`, on this rank's device; they must
         stay unchanged until the launch has run. Wrong ids are reported by `check`. Raises InputError, HandleError."""
+        brought, mode, handle, state = self._begin(x, topk_ids, topk_weights, scales, fp8, channel)
+        dispatch_send(
+            self.layout,
+            self.rank,
+            *brought,
+            mode,
+            peers=state.peers,
+            control=self.control,
+            live=state.live,
+            handle=handle.slot.handle,
+            hits=handle.slot.hits,
+            report=self.report,
+        )
+        return handle
+
+    def dispatch(
+        self,
+        x: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor | None = None,
+        *,
+        scales: torch.Tensor | None = None,
+        fp8: ScaleFormat | None = None,
+        channel: str | None = None,
+        out: torch.Tensor | None = None,
+    ) -> Masked:
+        """`dispatch_send` and `dispatch_recv`, in one launch unless a graph is captured. Not for virtual ranks. Raises
+        InputError, HandleError, before anything is sent."""
+        if out is not None:
+            quantised = fp8 is not None or (isinstance(x, torch.Tensor) and x.dtype == FP8)
+            out = self._check_out(out, FP8 if quantised else self.config.dtype)
+        on_gpu = self.device.type == "cuda"
+        if on_gpu and torch.cuda.is_current_stream_capturing():  # two launches are quicker there: kernels/dispatch.py
+            sent = self.dispatch_send(x, topk_ids, topk_weights, scales=scales, fp8=fp8, channel=channel)
+            return self.dispatch_recv(sent, out=out)
+        brought, mode, handle, state = self._begin(x, topk_ids, topk_weights, scales, fp8, channel)
+        result = self._output(state, handle, out is None)
+        rows = result.x if out is None else out
+        dispatch(
+            self.layout,
+            self.rank,
+            *brought,
+            mode,
+            rows,
+            result.scales,
+            result.counts,
+            result.source,
+            peers=state.peers,
+            live=state.live,
+            hits=handle.slot.hits,
+            places=handle.slot.places,
+            **self._waiting(handle, state),
+        )
+        handle.phase = Phase.RECEIVED
+        return Masked(rows, result.counts, result.source, result.shown, handle)
+
+    def _begin(
+        self,
+        x: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor | None,
+        scales: torch.Tensor | None,
+        fp8: ScaleFormat | None,
+        channel: str | None,
+    ) -> tuple[_Brought, int, GpuHandle, Channel]:
+        """Open a step. Returns (what it brings, how rows are sent, its handle, its channel)."""
         rows = inputs.check_tokens(self.config, x, fp8, self.device)
         given = inputs.check_scales(self.config, rows, scales, self.device)
         tokens, top_k = rows.shape[0], self.config.top_k
@@ -99,39 +169,21 @@ class MaskedRank:
         self._check_free(state)
         state.calls += 1
         slot = state.slots[state.calls % SLOTS]
-        dispatch_send(
-            self.layout,
-            self.rank,
-            rows,
-            ids,
-            weights,
-            given,
-            mode,
-            peers=state.peers,
-            control=self.control,
-            live=state.live,
-            handle=slot.handle,
-            hits=slot.hits,
-            report=self.report,
-        )
         bits = header_bits(mode, weights is not None)
         name = channel or self.config.channels[0]
         handle = GpuHandle(self, name, state.calls, slot, tokens, bits, fp8, weights is not None)
         state.open.append(handle)
-        return handle
+        return (rows, ids, weights, given), mode, handle, state
 
     def dispatch_recv(self, handle: Handle, *, out: torch.Tensor | None = None) -> Masked:
         """Launch the receiving half. out: storage for x, [E_l, R*M, H]. Raises InputError, HandleError."""
         mine, state = self._step(handle, Phase.SENT)
-        layout = self.layout
         if out is not None:
-            shape = (layout.E_L, layout.CAP, layout.H)
-            dtype = self.config.dtype if mine._fp8 is None else FP8
-            out = inputs.check_tensor("out", out, shape, (dtype,), self.device)
+            out = self._check_out(out, self.config.dtype if mine._fp8 is None else FP8)
         result = self._output(state, mine, out is None)
         x = result.x if out is None else out
         dispatch_recv(
-            layout,
+            self.layout,
             self.rank,
             x,
             result.scales,
@@ -145,6 +197,37 @@ class MaskedRank:
         return Masked(x, result.counts, result.source, result.shown, mine)
 
     # combine
+
+    def combine(
+        self,
+        y: torch.Tensor,
+        handle: Handle,
+        topk_weights: torch.Tensor | None = None,
+        *,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`weights_push` if there are weights, and `combine_send` and `combine_recv` in one launch. Not for virtual
+        ranks. Raises InputError, HandleError."""
+        mine, state = self._step(handle, Phase.RECEIVED)
+        rows, result = self._check_outputs(y), self._sums(mine, out)
+        if topk_weights is not None:
+            self.weights_push(mine, topk_weights)
+        self._check_weighted(mine)
+        combine(
+            self.layout,
+            self.rank,
+            rows,
+            not mine.has_weights,
+            result,
+            peers=state.peers,
+            live=state.live,
+            hits=mine.slot.hits,
+            places=mine.slot.places,
+            **self._waiting(mine, state),
+        )
+        mine.phase = Phase.DONE
+        state.open.remove(mine)
+        return result
 
     def weights_push(self, handle: Handle, topk_weights: torch.Tensor) -> None:
         """Launch the hop that brings weights to the tokens' ranks, if they did not go with the dispatch. All ranks push
@@ -169,11 +252,8 @@ class MaskedRank:
         """Launch the reduction of the experts' outputs and the way back. y: [E_l, R*M, H] of config.dtype. Raises
         InputError, HandleError."""
         mine, state = self._step(handle, Phase.RECEIVED)
-        layout = self.layout
-        shape = (layout.E_L, layout.CAP, layout.H)
-        rows = inputs.check_tensor("y", y, shape, (self.config.dtype,), self.device)
-        if not (mine.has_weights or mine.pushed):
-            raise InputError("topk_weights were not given at dispatch; give them here, fp32 [T, K]")
+        rows = self._check_outputs(y)
+        self._check_weighted(mine)
         self._launch_combine_send(rows, mine, state)
         mine.phase = Phase.COMBINING
 
@@ -202,11 +282,7 @@ class MaskedRank:
         """Launch the sum over ranks; ends the step. Returns [T, H] of config.dtype, in `out` if given. Raises
         InputError, HandleError."""
         mine, state = self._step(handle, Phase.COMBINING)
-        shape = (mine.tokens, self.layout.H)
-        if out is None:
-            result = torch.empty(shape, dtype=self.config.dtype, device=self.device)
-        else:
-            result = inputs.check_tensor("out", out, shape, (self.config.dtype,), self.device)
+        result = self._sums(mine, out)
         combine_recv(
             self.layout,
             result,
@@ -238,6 +314,26 @@ class MaskedRank:
             raise RankLost(f"rank {self.rank}: ranks {names} were missing from a step; its result lacks them", names)
 
     # helpers
+
+    def _check_out(self, out: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        layout = self.layout
+        return inputs.check_tensor("out", out, (layout.E_L, layout.CAP, layout.H), (dtype,), self.device)
+
+    def _check_outputs(self, y: torch.Tensor) -> torch.Tensor:
+        layout = self.layout
+        shape = (layout.E_L, layout.CAP, layout.H)
+        return inputs.check_tensor("y", y, shape, (self.config.dtype,), self.device)
+
+    def _check_weighted(self, mine: GpuHandle) -> None:
+        if not (mine.has_weights or mine.pushed):
+            raise InputError("topk_weights were not given at dispatch; give them here, fp32 [T, K]")
+
+    def _sums(self, mine: GpuHandle, out: torch.Tensor | None) -> torch.Tensor:
+        """Storage of combine's result: `out`, once it is checked."""
+        shape = (mine.tokens, self.layout.H)
+        if out is None:
+            return torch.empty(shape, dtype=self.config.dtype, device=self.device)
+        return inputs.check_tensor("out", out, shape, (self.config.dtype,), self.device)
 
     def _waiting(self, mine: GpuHandle, state: Channel) -> dict[str, Any]:
         """What every kernel takes that may have to wait for peers."""
