@@ -7,6 +7,6 @@
     dispatch_send  -> dispatch_recv -> (experts) -> [weights_push] -> combine_send -> combine_recv
     permute        -> (experts) -> unpermute, without communication
 
-Kernels of dispatch and combine take a `moe_a2a.gpu.layout.Layout` as their compile-time constant L. Importing this package needs no Triton;
-importing a kernel does. Set TRITON_INTERPRET=1 before Triton is imported to run them on a CPU.
+Kernels of dispatch and combine take a `moe_a2a.gpu.layout.Layout` as their compile-time constant L. Importing this
+package needs no Triton; importing a kernel does. Set TRITON_INTERPRET=1 before Triton is imported to run them on a CPU.
 """

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _PLAIN = (torch.bfloat16, torch.float16, torch.float32)
 _IDS = (torch.int32, torch.int64)
 _ROW_BYTES = 16  # kernels move this many bytes at once
+_MAX_ROWS = 1 << 29  # kernels count in int32: 1024 experts times a count for every 256 choices fit too
 
 
 def permute(
@@ -67,10 +68,10 @@ def permute(
     _check_valid(valid, device)
     worst = worst_case_rows(tokens, top_k, num_experts, alignment)
     rows = worst if capacity is None else _check_capacity(capacity)
-    if max(worst, rows) + num_experts * alignment >= 1 << 31:
+    if max(worst, rows) > _MAX_ROWS:
         raise InputError(
             f"{tokens} tokens with {top_k} choices and num_experts={num_experts}, alignment={alignment} may need "
-            f"{max(worst, rows)} rows; rows are numbered in int32: split the batch"
+            f"{worst} rows, and capacity={capacity}; allowed are {_MAX_ROWS}: split the batch"
         )
     x = x.detach()
     if device.type == "cpu":
