@@ -22,6 +22,7 @@ from moe_a2a.bench import baselines, command, gpu, report
 from moe_a2a.bench.baselines import Baselines, OurStep, why_absent
 from moe_a2a.bench.cases import Case
 from moe_a2a.bench.low_latency import expert_rows
+from moe_a2a.fp8 import quantize
 from moe_a2a.types import Masked
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -82,8 +83,8 @@ class Alone:
     def _dispatch(self, x: torch.Tensor, ids: torch.Tensor, most: int, experts: int, use_fp8: bool) -> tuple[Any, ...]:
         if self.fault == "raises":
             raise RuntimeError("unsupported hidden size")
-        from moe_a2a.fp8 import quantize
-
+        if self.fault == "asserts":
+            raise AssertionError  # without a message, as theirs
         rows, scales = quantize(x) if use_fp8 else (x, None)
         out = torch.full((experts, most, x.shape[1]), 7.0).to(rows.dtype)
         out_scales = torch.full((experts, x.shape[1] // 128, most), 7.0).transpose(1, 2)
@@ -211,6 +212,7 @@ def test_a_peer_that_is_right_is_ready_to_be_timed(name: str, dtype: str, play: 
         ("counts", "rows per expert differ from ours"),
         ("experts", "sums differ from ours by"),
         ("raises", "RuntimeError: unsupported hidden size"),
+        ("asserts", "AssertionError: raise AssertionError"),
     ],
 )
 def test_a_peer_that_is_wrong_says_so(name: str, fault: str, says: str, play: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -38,6 +39,12 @@ def why_absent(name: str) -> str | None:
         except Exception as error:  # these packages look at the machine when they load, and raise what they like
             return f"the module {module} does not load ({type(error).__name__}: {error}); pip install {wheel}"
     return None
+
+
+def in_words(error: Exception) -> str:
+    """An exception of another library, with the line that raised it if it says nothing."""
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {str(error) or where.line}"
 
 
 @dataclass(frozen=True)
@@ -76,7 +83,7 @@ class Baselines:
         try:
             return self._nccl(step) if name == "nccl" else self._peer(name, step)
         except Exception as error:  # a baseline's failure is reported beside it: ours is what the run is for
-            return None, f"{type(error).__name__}: {error}"
+            return None, in_words(error)
 
     def buffer_bytes(self, name: str, case: Case) -> int | None:
         """Bytes of one rank's communication buffer, if the baseline has one of its own."""
@@ -134,6 +141,6 @@ class Baselines:
         try:
             self._open[name] = DeepEp(group, self._cases) if name == "deep_ep" else Mooncake(group, self._device)
         except Exception as error:
-            self._broken[name] = f"it did not start: {error}"
+            self._broken[name] = f"it did not start: {in_words(error)}"
             raise
         return self._open[name]

@@ -1,8 +1,8 @@
 """The baseline deep_ep: DeepEP's low-latency dispatch and combine, from whatever build of `deep_ep` is installed.
 
 One buffer serves all cases of a run: DeepEP's memory comes from NVSHMEM, which is not made to be started twice in a
-process. Its constructor sets the NVSHMEM variables that it needs. Without an RDMA device NVSHMEM says so on stderr and
-goes on; GPUs of one host reach each other through NVLink.
+process. Its constructor sets the NVSHMEM variables that it needs. GPUs of one host reach each other through NVLink; no
+RDMA device is needed for that.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from moe_a2a.all_to_all import AllToAll
-from moe_a2a.bench.baselines import Baselines, OurStep
+from moe_a2a.bench.baselines import Baselines, OurStep, in_words
 from moe_a2a.bench.cases import Case, heading, percentiles
 from moe_a2a.bench.check import check_case
 from moe_a2a.bench.low_latency import expert_rows
@@ -60,7 +60,7 @@ def _measure(
         except Exception as error:
             if name == "ours":
                 raise
-            failed[name] = f"{type(error).__name__}: {error}"
+            failed[name] = in_words(error)
     return times, failed
 
 
