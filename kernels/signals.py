@@ -174,6 +174,61 @@ def until_sent(handle, L: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
+def excluded_by(region, want, PHASE: tl.constexpr, step, L: tl.constexpr, LANES: tl.constexpr):
+    """One look at a phase's flags: the sources in `want` that have said "excluded" in this step. Arguments as
+    `wait`'s."""
+    lane = tl.arange(0, LANES).to(tl.int64)
+    on = (lane < L.R) & has_bit(want, tl.minimum(lane, 62))
+    address = region + (L.flags + PHASE * L.R * 8) + tl.minimum(lane, L.R - 1) * 8
+    value = _load_acquire(address.to(tl.pointer_type(tl.int64)))
+    return lane_bits(on & (value == 2 * step + 1), lane)
+
+
+@triton.jit
+def _pending(flags, source, on, deadline, step, LANES: tl.constexpr):
+    """One look: sources with a flag that has not come, and _OVER as in `_poll`; equal in every thread."""
+    is_deadline = tl.arange(0, LANES) == LANES - 1
+    before = now()
+    value = _load_acquire(tl.where(on, flags, deadline.to(tl.int64)).to(tl.pointer_type(tl.int64)))
+    one = tl.full([], 1, tl.int64)
+    bits = tl.where(on & (value < 2 * step), one << source.to(tl.int64), 0)
+    over = is_deadline & (value != 0) & (before >= value + MARGIN_NS)
+    return tl.reduce(bits | tl.where(over, _OVER, 0), 0, either)
+
+
+@triton.jit
+def await_lanes(
+    flags, source, on, leader, region, handle, control, alive, PHASE: tl.constexpr, step, L: tl.constexpr,
+    LANES: tl.constexpr,
+):  # fmt: skip
+    """Wait for flags of which each program needs others, one a lane. Returns the sources whose flags did not come.
+
+    flags: int64 [LANES], addresses; source: int32 [LANES]; on: bool [LANES], never the last lane. leader: whether this
+    program looks at `alive`; one of the launch does. The others are as for `wait`, whose budget and deadline this
+    shares: it ends also for sources that say "excluded" in the phase's own flag. Programs may come to different ends;
+    those for whom that matters use `wait`.
+    """
+    deadline = handle + (L.DEADLINE + PHASE)
+    bits = _pending(flags, source, on, deadline, step, LANES)
+    lost = step * 0
+    polls = tl.full([], 0, tl.int32)
+    while (bits != 0) & ((bits & _OVER) == 0):
+        if polls == _SPINS:
+            tl.atomic_cas(deadline, tl.full([], 0, tl.int64), now() + tl.load(control + L.BUDGET_NS))
+        if polls % _LOOKS == _LOOKS - 1:
+            refused = excluded_by(region, bits, PHASE, step, L, LANES)
+            lost |= refused
+            on = on & (has_bit(refused, source.to(tl.int64)) == 0)
+            if leader:
+                gone = bits & ~_uniform(alive, LANES)
+                if gone != 0:
+                    tl.atomic_min(deadline, now() + MARGIN_NS)
+        polls += 1
+        bits = _pending(flags, source, on, deadline, step, LANES)
+    return lost | (bits & ~_OVER)
+
+
+@triton.jit
 def is_last(counter, programs):
     """Announce that this program is done; True in the last of `programs`, which sees all that the others stored.
 
@@ -185,6 +240,13 @@ def is_last(counter, programs):
     if last:
         tl.store(counter, tl.full([], 0, tl.int64))
     return last
+
+
+@triton.jit
+def raise_flag(address, value):
+    """Store one flag, with release, when all of this program's stores so far are done. address: int64; value: int64."""
+    tl.debug_barrier()
+    tl.atomic_xchg(address.to(tl.pointer_type(tl.int64)), value, sem="release", scope="sys")
 
 
 @triton.jit

@@ -1,0 +1,306 @@
+"""Contiguous dispatch, second launch: store this rank's tokens straight into their final places.
+
+A token's row is loaded once and stored once for each rank that it goes to, this one included, at
+
+    rows that the ranks before this one send there + tokens before it that go there
+
+so that what a rank receives lies packed in (source rank, token) order, and nobody moves it again. Ids, weights and
+source numbers go by blocks of tokens, whose rows are neighbours there.
+
+Memory-ordering contract
+    Runs after contiguous_layout on the same stream. Waits for the LAYOUT flag of every rank in the handle's view
+    (acquire): a flag also says that its rank is done with the block that it wants its rows in. Stores rows, scales,
+    ids, weights and source numbers with plain stores; then the last program stores the row that it began with into the
+    header on each rank, meets at a CTA barrier, and raises one DISPATCH flag there, with system-scope release.
+
+Nobody may be missing
+    Ranks that disagree about who takes part would disagree about where rows lie. So a rank that misses anyone sends no
+    rows, and its flag says "excluded"; and contiguous_recv hands out rows only if no rank of the view is missing or
+    excluded, and all began where the receiver expects. A late rank's stores cannot spoil rows that are handed out: it
+    raises the flags that a later step waits for only after all its stores of this one. That holds for the ranks of a
+    view; a view that leaves a rank out must begin after that rank's process has ended.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from moe_a2a.gpu.layout import Layout, power_of_two_at_least
+from moe_a2a.gpu.routing import Routing
+from moe_a2a.kernels import casts
+from moe_a2a.kernels.contiguous_layout import agreed, index_of, report_missing
+from moe_a2a.kernels.formats import QUANTISE, QUANTISE_POW2
+from moe_a2a.kernels.launch import launch
+from moe_a2a.kernels.signals import has_bit, is_last, pick, raise_flags, wait
+
+_WARPS = 32  # with one program an SM, all that can be in flight there comes from one program
+_TILE = 16384  # words, or elements that are quantised, of a work item
+_MOST_ROWS = 64  # of a work item
+_META = 64  # tokens whose ids and weights go at once
+
+
+@triton.jit
+def _row_pointers(base, place, BYTES: tl.constexpr, DTYPE: tl.constexpr):
+    """[n, 1] pointers to rows of BYTES, a multiple of 16; base: int64, a multiple of 16; place: int32 [n]."""
+    address = (base + place.to(tl.int64) * BYTES)[:, None]
+    return tl.multiple_of(address.to(tl.pointer_type(DTYPE)), [16, 16])
+
+
+@triton.jit
+def _report_scales(bits, wrong, t, g, report, L: tl.constexpr):
+    if tl.max(tl.max(wrong.to(tl.int32), 1), 0) > 0:
+        place = (t.to(tl.int64) << 40)[:, None] | (g.to(tl.int64) << 34)[None, :]
+        word = place | (tl.full([], 2, tl.int64) << 32) | (bits.to(tl.int64) & 0xFFFFFFFF)
+        none = tl.full([], (1 << 62), tl.int64)
+        tl.atomic_min(report + L.BAD_INPUT, tl.min(tl.min(tl.where(wrong, word, none), 1), 0))
+
+
+@triton.jit
+def _send_words(
+    tile, x, hits, within, starts, first, to, tokens, WORDS: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr,
+    L: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows of 4-byte words, as they are."""
+    R: tl.constexpr = L.R
+    t = tile * ROWS + tl.arange(0, ROWS)
+    hit = tl.load(hits + t, mask=t < tokens, other=0)
+    for start in tl.static_range(0, WORDS, PART):
+        w = start + tl.arange(0, PART)
+        inside = (t < tokens)[:, None] & (w < WORDS)[None, :]
+        words = tl.load(x + (t.to(tl.int64) * WORDS)[:, None] + w[None, :], mask=inside)
+        for r in tl.static_range(R):
+            place = pick(first, r, L) + index_of(t, t * 0 + r, within, starts, tokens, L)
+            row = _row_pointers(pick(to, r, L) + L.rows, place, WORDS * 4, tl.int32)
+            on = has_bit(hit, r) & (place < L.CAPACITY)
+            tl.store(row + w[None, :], words, mask=inside & on[:, None])
+
+
+@triton.jit
+def _send_scales(
+    tile, scales, hits, within, starts, first, to, tokens, report, POW2: tl.constexpr, ROWS: tl.constexpr,
+    L: tl.constexpr,
+):  # fmt: skip
+    """Given fp32 scales of ROWS rows, as bits. Scales that cannot be used are reported."""
+    R: tl.constexpr = L.R
+    G_PAD: tl.constexpr = triton.next_power_of_2(L.G)
+    t = tile * ROWS + tl.arange(0, ROWS)
+    g = tl.arange(0, G_PAD)
+    inside = (t < tokens)[:, None] & (g < L.G)[None, :]
+    hit = tl.load(hits + t, mask=t < tokens, other=0)
+    bits = tl.load(scales + (t.to(tl.int64) * L.G)[:, None] + g[None, :], mask=inside, other=0x3F800000)
+    wrong = (bits <= 0) | (bits >= 0x7F800000)
+    if POW2:
+        wrong |= (bits & 0x7FFFFF) != 0
+    _report_scales(bits, wrong, t, g, report, L)
+    for r in tl.static_range(R):
+        place = pick(first, r, L) + index_of(t, t * 0 + r, within, starts, tokens, L)
+        row = (pick(to, r, L) + L.scales) + place.to(tl.int64) * (L.G * 4)
+        on = has_bit(hit, r) & (place < L.CAPACITY)
+        tl.store(row.to(tl.pointer_type(tl.int32))[:, None] + g[None, :], bits, mask=inside & on[:, None])
+
+
+@triton.jit
+def _send_quantised(
+    tile, x, hits, within, starts, first, to, tokens, POW2: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr,
+    L: tl.constexpr,
+):  # fmt: skip
+    """Quantise ROWS rows per 128 columns, as moe_a2a.fp8 does, PART groups of each at a time."""
+    R: tl.constexpr = L.R
+    G: tl.constexpr = L.G
+    line = tl.arange(0, ROWS * PART)  # a group of a row
+    t = tile * ROWS + line // PART
+    hit = tl.load(hits + t, mask=t < tokens, other=0)
+    column = tl.arange(0, 128)
+    for start in tl.static_range(0, G, PART):
+        g = start + line % PART
+        inside = (t < tokens) & (g < L.G)
+        source = x + (t.to(tl.int64) * L.H + g * 128)[:, None] + column[None, :]
+        value = tl.load(source, mask=inside[:, None], other=0.0).to(tl.float32)
+        scale = tl.div_rn(tl.maximum(tl.max(tl.abs(value), 1), 1e-4), 448.0)
+        if POW2:
+            scale = casts.power_of_two_at_least(scale)
+        q = casts.to_e4m3(casts.divide(value, scale[:, None], POW2))
+        for r in tl.static_range(R):
+            place = pick(first, r, L) + index_of(t, t * 0 + r, within, starts, tokens, L)
+            on = inside & has_bit(hit, r) & (place < L.CAPACITY)
+            row = _row_pointers(pick(to, r, L) + L.rows, place * L.G + g, 128, tl.uint8)
+            tl.store(row + column[None, :], q, mask=on[:, None])
+            at = (pick(to, r, L) + L.scales) + (place.to(tl.int64) * L.G + g) * 4
+            tl.store(at.to(tl.pointer_type(tl.float32)), scale, mask=on)
+
+
+@triton.jit
+def _send_choices(
+    block, chosen, weights, hits, within, starts, first, to, tokens, rank, WEIGHTS: tl.constexpr, META: tl.constexpr,
+    L: tl.constexpr,
+):  # fmt: skip
+    """Local ids, weights and source numbers of META tokens."""
+    R: tl.constexpr = L.R
+    t = block * META + tl.arange(0, META)
+    k = tl.arange(0, L.K_PAD)
+    inside = (t < tokens)[:, None] & (k < L.K)[None, :]
+    hit = tl.load(hits + t, mask=t < tokens, other=0)
+    at = (t.to(tl.int64) * L.K)[:, None] + k[None, :]
+    own = tl.load(chosen + at, mask=inside, other=-1)
+    owner = tl.where(own >= 0, tl.maximum(own, 0) // L.E_L, -1)
+    if WEIGHTS:
+        weight = tl.load(weights + at, mask=inside, other=0.0)
+    for r in tl.static_range(R):
+        place = pick(first, r, L) + index_of(t, t * 0 + r, within, starts, tokens, L)
+        on = has_bit(hit, r) & (place < L.CAPACITY)
+        base = pick(to, r, L)
+        row = (place.to(tl.int64) * L.K)[:, None] + k[None, :]
+        here = inside & on[:, None]
+        local = tl.where(owner == r, own - r * L.E_L, -1).to(tl.int64)
+        tl.store((base + L.table).to(tl.pointer_type(tl.int64)) + row, local, mask=here)
+        if WEIGHTS:
+            tl.store(
+                (base + L.weights).to(tl.pointer_type(tl.float32)) + row, tl.where(owner == r, weight, 0.0), mask=here
+            )
+        tl.store((base + L.source).to(tl.pointer_type(tl.int32)) + place, rank * L.M + t, mask=on)
+
+
+@triton.jit
+def _tell_host(host, ticket, block, good, matrix, rank, EXPERTS: tl.constexpr, L: tl.constexpr):
+    """ticket << 32 | count, for the rows of each source and for each local expert: words that say for themselves that
+    they are of this step, so that they need no order."""
+    s = tl.arange(0, L.R_PAD)
+    mark = ticket.to(tl.int64) << 32
+    rows = tl.sum(tl.where(s[None, :] == rank, matrix, 0), 1)
+    tl.store(host + s, mark | rows.to(tl.int64), mask=s < L.R)
+    e = tl.arange(0, EXPERTS)
+    total = e * 0
+    counts = (block + L.counts).to(tl.pointer_type(tl.int32))
+    R: tl.constexpr = L.R
+    for source in tl.static_range(R):
+        total += tl.load(counts + source * L.E_L + e, mask=(e < L.E_L) & has_bit(good, source), other=0)
+    tl.store(host + L.R + e, mark | (total.to(tl.int64) & 0xFFFFFFFF), mask=e < L.E_L)
+
+
+@triton.jit(do_not_specialize=["tokens", "rank", "ticket"])
+def _contiguous_send(
+    x, weights, scales, region, peers, control, alive, live, handle, hits, within, starts, chosen, routing, host,
+    report, tokens, rank, ticket,
+    MODE: tl.constexpr, WEIGHTS: tl.constexpr, KNOWN: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr,
+    ROWS: tl.constexpr, PART: tl.constexpr, META: tl.constexpr, EXPERTS: tl.constexpr, L: tl.constexpr,
+    LANES: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    programs = tl.num_programs(0)
+    r = tl.arange(0, L.R_PAD)
+    bases = tl.load(peers + r, mask=r < L.R, other=0)
+    step = tl.load(handle + L.STEP)
+    want = tl.load(handle + L.VIEW_MASK)
+    epoch = tl.load(handle + L.VIEW_EPOCH)
+    followed = tl.load(routing + L.ROUTING_STEP)
+    block = (step & 1) * L.parity_bytes
+    mine = region.to(tl.int64) + block
+    arrived, excluded = wait(pid, mine, handle, control, alive, L.LAYOUT, want, step, L, LANES)
+    good, matrix = agreed(mine, arrived & ~excluded, step, epoch, followed, BITS, L)
+    first = tl.sum(tl.where((r < rank)[:, None], matrix, 0), 0)
+    wanted = (mine + L.matrix).to(tl.pointer_type(tl.int32)) + r * (L.R + 1) + L.R
+    in_block = tl.load(wanted, mask=(r < L.R) & has_bit(good, r.to(tl.int64)), other=0) & 1
+    to = bases + in_block.to(tl.int64) * L.parity_bytes
+    whole = good == want
+    if pid == 0:
+        _tell_host(host, ticket, mine, good, matrix, rank, EXPERTS, L)
+        report_missing(want & ~good, rank, handle, report, L)
+
+    count = tl.where(whole, tokens, 0)
+    if not KNOWN:
+        for number in range(pid, (count + META - 1) // META, programs):
+            _send_choices(
+                tl.full([], 0, tl.int32) + number, chosen, weights, hits, within, starts, first, to, tokens, rank,
+                WEIGHTS, META, L,
+            )  # fmt: skip
+    for number in range(pid, (count + ROWS - 1) // ROWS, programs):
+        tile = tl.full([], 0, tl.int32) + number  # the interpreter's loops count in Python ints
+        if MODE == 1 or MODE == 2:
+            _send_quantised(tile, x, hits, within, starts, first, to, tokens, MODE == 2, ROWS, PART, L)
+        else:
+            _send_words(tile, x, hits, within, starts, first, to, tokens, WORDS, ROWS, PART, L)
+        if MODE == 3 or MODE == 4:
+            _send_scales(tile, scales, hits, within, starts, first, to, tokens, report, MODE == 4, ROWS, L)
+
+    if is_last(live + (L.FINISHED + L.DISPATCH), programs):
+        on = (r < L.R) & has_bit(want, r.to(tl.int64))
+        header = (bases + block + L.headers + rank * (8 * L.HEADER_WORDS)).to(tl.pointer_type(tl.int64))
+        tl.store(header + L.HEADER_FIRST, first.to(tl.int64), mask=on)
+        tl.debug_barrier()
+        value = 2 * step + tl.where(whole, 0, 1) + (r * 0).to(tl.int64)
+        raise_flags(bases, block + L.flags + L.DISPATCH * L.R * 8, rank, value, want, L)
+
+
+def contiguous_send(
+    layout: Layout,
+    rank: int,
+    x: torch.Tensor,
+    weights: torch.Tensor | None,
+    scales: torch.Tensor | None,
+    mode: int,
+    bits: int,
+    known: bool,
+    ticket: int,
+    *,
+    region: torch.Tensor,
+    peers: torch.Tensor,
+    control: torch.Tensor,
+    alive: torch.Tensor,
+    live: torch.Tensor,
+    handle: torch.Tensor,
+    routing: Routing,
+    host: torch.Tensor,
+    report: torch.Tensor,
+    programs: int,
+) -> None:
+    """Launch. x: [T, H], payload dtype, or FP8 for GIVEN; weights: fp32 [T, K] or None; scales: fp32 [T, H/128] for
+    GIVEN; known: ids and weights are there from an earlier step; ticket: a number of this dispatch, 31 bits; host:
+    int64 [R + E_l] of pinned memory; programs: the most to launch, one for each SM. The others: `Layout`, `Routing`."""
+    quantise = mode in (QUANTISE, QUANTISE_POW2)
+    rows = x if quantise else x.view(torch.int32)
+    words = layout.H * x.element_size() // 4
+    unit = 128 * power_of_two_at_least(layout.G) if quantise else power_of_two_at_least(words)
+    part = min(unit, _TILE)
+    many = max(1, min(_TILE // part, _MOST_ROWS))
+    launch(
+        _contiguous_send,
+        max(1, min(-(-x.shape[0] // many), programs)),
+        (
+            rows,
+            weights if weights is not None else routing.words,
+            scales.view(torch.int32) if scales is not None else routing.words,
+            region,
+            peers,
+            control,
+            alive,
+            live,
+            handle,
+            routing.hits,
+            routing.within,
+            routing.starts,
+            routing.chosen,
+            routing.words,
+            host,
+            report,
+            x.shape[0],
+            rank,
+            ticket,
+        ),
+        (
+            mode,
+            weights is not None,
+            known,
+            bits,
+            words,
+            many,
+            part // 128 if quantise else part,
+            _META,
+            power_of_two_at_least(layout.E_L),
+            layout,
+            32 * _WARPS,
+        ),
+        (rows.dtype, torch.float32 if weights is not None else torch.int64),
+        num_warps=_WARPS,
+    )
