@@ -17,8 +17,8 @@ LAYOUTS: tuple[Layout, ...] = ("masked", "contiguous", "grouped")
 class Handle:
     """One step in flight, from dispatch to combine. Made by `AllToAll.dispatch_send`; opaque."""
 
-    def __init__(self, owner: object, step: Step, fp8: ScaleFormat | None) -> None:
-        self._owner, self._step, self._fp8 = owner, step, fp8
+    def __init__(self, owner: object, step: Step, fp8: ScaleFormat | None, layout: Layout | None = None) -> None:
+        self._owner, self._step, self._fp8, self._layout = owner, step, fp8, layout
 
     @property
     def channel(self) -> str:

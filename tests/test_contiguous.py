@@ -227,7 +227,7 @@ def test_a_routing_that_was_overwritten_is_refused() -> None:
     got = steps.dispatch(inputs)
     steps.combine(inputs, got)
     steps.step([2, 2])
-    steps.combine(inputs, follow(steps, got, inputs))  # one later dispatch does no harm
+    steps.combine(inputs, follow(steps, got, inputs))  # a later dispatch in the other block does no harm
     steps.step([3, 2])
     steps.step([1, 2])
     with pytest.raises(HandleError, match="the routing of dispatch 1 has been overwritten"):

@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import time
 from contextlib import AbstractContextManager, nullcontext
+from typing import cast
 
 import torch
 
 from moe_a2a.backend import Health
 from moe_a2a.bootstrap import Bootstrap
-from moe_a2a.config import Config, Options
+from moe_a2a.config import DEFAULT_SMS, Config, Options
 from moe_a2a.errors import HandleError, InputError, RankLost
-from moe_a2a.fp8 import ScaleFormat
+from moe_a2a.fp8 import FP8, ScaleFormat
 from moe_a2a.gpu import inputs
+from moe_a2a.gpu.contiguous_state import ContiguousHandle
 from moe_a2a.gpu.handle import GpuHandle
 from moe_a2a.gpu.layout import Layout as Places
 from moe_a2a.gpu.rendezvous import find_device, meet
 from moe_a2a.gpu.report import NO_BAD_INPUT
 from moe_a2a.step import Phase
-from moe_a2a.types import Handle, Layout, Masked
+from moe_a2a.types import Dispatched, Handle, Layout
 
 #: How often reports are copied: every so many steps, and after so long. A copy costs a launch.
 _REPORT_STEPS, _REPORT_S = 32, 0.05
@@ -43,7 +45,8 @@ class GpuBackend:
         self.resources, self.hosts = meeting.resources, meeting.hosts.ranks_of
         self.buffer_bytes = sum(region.nbytes for region in meeting.regions)
         self._health, self._peers, self._layout = Health(), meeting.peers, meeting.layout
-        from moe_a2a.gpu.masked import MaskedRank  # needs Triton, which `meet` has looked for
+        from moe_a2a.gpu.contiguous import ContiguousRank  # needs Triton, which `meet` has looked for
+        from moe_a2a.gpu.masked import MaskedRank
 
         rank, world = bootstrap.rank, bootstrap.world_size
         with torch.cuda.device(self.device):
@@ -57,6 +60,7 @@ class GpuBackend:
                 torch.cuda.get_device_properties(self.device).multi_processor_count,
                 options.timeout_s,
             )
+            self.contiguous = ContiguousRank(self.rank, options.num_sms or DEFAULT_SMS)
             self._seen = torch.tensor([NO_BAD_INPUT, 0], dtype=torch.int64).pin_memory()
             torch.cuda.synchronize()
         self._news = memoryview(self._seen.numpy().data)
@@ -69,56 +73,96 @@ class GpuBackend:
     def dispatch(
         self,
         x: torch.Tensor,
-        topk_ids: torch.Tensor,
+        topk_ids: torch.Tensor | None,
         topk_weights: torch.Tensor | None,
         scales: torch.Tensor | None,
         fp8: ScaleFormat | None,
         channel: str | None,
         layout: Layout,
+        like: Handle | None,
         alignment: int,
         out: torch.Tensor | None,
-    ) -> Masked:
-        _check_layout(layout)
+        host_counts: bool,
+    ) -> Dispatched:
+        if layout != "masked":
+            _check_grouped(layout)
+            if out is not None and not host_counts:  # otherwise the rows that it needs are not known yet
+                quantised = fp8 is not None or (isinstance(x, torch.Tensor) and x.dtype == FP8)
+                self.contiguous.check_out(out, FP8 if quantised else self.config.dtype, self._layout.CAPACITY)
+            handle = self.dispatch_send(x, topk_ids, topk_weights, scales, fp8, channel, layout, like)
+            try:
+                return self.dispatch_recv(handle, layout, alignment, out, host_counts)
+            except InputError as error:  # out is too small for what arrived: the step is open, and not to be lost
+                error.handle = handle
+                raise
+        ids = _masked_ids(topk_ids, like, host_counts)
         self._ready()
         with self._current():
-            got = self.rank.dispatch(x, topk_ids, topk_weights, scales=scales, fp8=fp8, channel=channel, out=out)
+            got = self.rank.dispatch(x, ids, topk_weights, scales=scales, fp8=fp8, channel=channel, out=out)
             self._sent(got.handle)
         return got
 
     def dispatch_send(
         self,
         x: torch.Tensor,
-        topk_ids: torch.Tensor,
+        topk_ids: torch.Tensor | None,
         topk_weights: torch.Tensor | None,
         scales: torch.Tensor | None,
         fp8: ScaleFormat | None,
         channel: str | None,
+        layout: Layout | None,
+        like: Handle | None,
     ) -> Handle:
+        handle: GpuHandle
         self._ready()
         with self._current():
-            handle = self.rank.dispatch_send(x, topk_ids, topk_weights, scales=scales, fp8=fp8, channel=channel)
+            if layout is None or layout == "masked":
+                ids = _masked_ids(topk_ids, like, False)
+                handle = self.rank.dispatch_send(x, ids, topk_weights, scales=scales, fp8=fp8, channel=channel)
+            else:
+                _check_grouped(layout)
+                handle = self.contiguous.dispatch_send(
+                    x, topk_ids, topk_weights, scales=scales, fp8=fp8, channel=channel, like=like
+                )
             self._sent(handle)
         return handle
 
-    def dispatch_recv(self, handle: Handle, layout: Layout, alignment: int, out: torch.Tensor | None) -> Masked:
-        self._health.check()
-        _check_layout(layout)
+    def dispatch_recv(
+        self, handle: Handle, layout: Layout | None, alignment: int, out: torch.Tensor | None, host_counts: bool
+    ) -> Dispatched:
+        mine = self._own(handle)
+        sent: Layout = "contiguous" if isinstance(mine, ContiguousHandle) else "masked"
+        if layout is not None and (layout == "masked") != (sent == "masked"):
+            raise InputError(f"layout={layout!r}, but the step was sent for {sent!r}; give dispatch_send the layout")
         with self._current():
-            return self.rank.dispatch_recv(handle, out=out)
+            if isinstance(mine, ContiguousHandle):
+                _check_grouped(layout or sent)
+                return self.contiguous.dispatch_recv(mine, alignment=alignment, host_counts=host_counts, out=out)
+            _masked_ids(None, None, host_counts)
+            return self.rank.dispatch_recv(mine, out=out)
 
     # combine
 
     def combine(
         self, y: torch.Tensor, handle: Handle, topk_weights: torch.Tensor | None, out: torch.Tensor | None
     ) -> torch.Tensor:
-        self._health.check()
+        mine = self._own(handle)
         with self._current():
-            result = self.rank.combine(y, handle, topk_weights, out=out)
-            self._ended(handle)
+            if isinstance(mine, ContiguousHandle):
+                _check_no_weights(topk_weights)
+                result = self.contiguous.combine(y, mine, out=out)
+            else:
+                result = self.rank.combine(y, mine, topk_weights, out=out)
+            self._ended(mine)
         return result if out is None else out
 
     def combine_send(self, y: torch.Tensor, handle: Handle, topk_weights: torch.Tensor | None) -> None:
         mine, places = self._own(handle), self._layout
+        if isinstance(mine, ContiguousHandle):
+            _check_no_weights(topk_weights)
+            with self._current():
+                self.contiguous.combine_send(y, mine)
+            return
         if topk_weights is not None and mine.phase is Phase.RECEIVED:  # nothing is sent if y is refused
             inputs.check_tensor("y", y, (places.E_L, places.CAP, places.H), (self.config.dtype,), self.device)
         with self._current():
@@ -127,10 +171,11 @@ class GpuBackend:
             self.rank.combine_send(y, handle)
 
     def combine_recv(self, handle: Handle, out: torch.Tensor | None) -> torch.Tensor:
-        self._health.check()
+        mine = self._own(handle)
         with self._current():
-            result = self.rank.combine_recv(handle, out=out)
-            self._ended(handle)
+            rank = self.contiguous if isinstance(mine, ContiguousHandle) else self.rank
+            result = rank.combine_recv(mine, out=out)
+            self._ended(mine)
         return result if out is None else out
 
     def discard(self, handle: Handle) -> None:
@@ -217,7 +262,7 @@ class GpuBackend:
     def _sent(self, handle: Handle) -> None:
         """A step of a kind that this rank has not made before may meet ranks that are still compiling its kernels."""
         assert isinstance(handle, GpuHandle)
-        kind = (handle.bits, handle.has_weights)
+        kind = (handle.bits, handle.has_weights, isinstance(handle, ContiguousHandle) and handle.known)
         if kind not in self._compiled and not torch.cuda.is_current_stream_capturing():
             self._compiled.add(kind)
             self._compiling = handle
@@ -232,6 +277,19 @@ class GpuBackend:
         self._health.closed = True
 
 
-def _check_layout(layout: Layout) -> None:
-    if layout != "masked":
-        raise InputError(f"layout={layout!r} is served by CPU ranks (device='cpu'); GPU ranks have 'masked' so far")
+def _check_grouped(layout: Layout) -> None:
+    if layout == "grouped":
+        raise InputError("layout='grouped' is served by CPU ranks; GPU ranks have 'masked' and 'contiguous' so far")
+
+
+def _masked_ids(topk_ids: torch.Tensor | None, like: Handle | None, host_counts: bool) -> torch.Tensor:
+    if like is not None or host_counts:
+        raise InputError(
+            "like= and host_counts= are for the layouts 'contiguous' and 'grouped'; 'masked' needs neither"
+        )
+    return cast(torch.Tensor, topk_ids)  # checked with the other arguments
+
+
+def _check_no_weights(topk_weights: torch.Tensor | None) -> None:
+    if topk_weights is not None:
+        raise InputError("the contiguous layout combines rows that carry their weights already; leave topk_weights out")

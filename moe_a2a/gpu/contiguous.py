@@ -10,14 +10,14 @@ import time
 
 import torch
 
+from moe_a2a.checks import check_like, padded
 from moe_a2a.errors import HandleError, InputError, MoeA2AError
 from moe_a2a.fp8 import FP8, ScaleFormat
 from moe_a2a.gpu import inputs
-from moe_a2a.gpu.contiguous_state import ContiguousHandle, Extra, Output, Sent, Tables
+from moe_a2a.gpu.contiguous_state import ContiguousHandle, Extra, Output, Sent
 from moe_a2a.gpu.handle import Channel
 from moe_a2a.gpu.layout import SLOTS
 from moe_a2a.gpu.masked import MaskedRank
-from moe_a2a.gpu.routing import Routing
 from moe_a2a.kernels.contiguous_combine import contiguous_combine
 from moe_a2a.kernels.contiguous_layout import contiguous_layout
 from moe_a2a.kernels.contiguous_recv import contiguous_recv
@@ -79,17 +79,16 @@ class ContiguousRank:
             base._check_free(state)
             routing = extra.free_routing(state.open)
         else:
-            if topk_ids is not None or topk_weights is not None:
-                raise InputError(
-                    "like= takes routing and weights from an earlier step; leave topk_ids and topk_weights out"
-                )
-            routing, tables = self._known(like, name, extra, tokens)
+            earlier = self._known(like, name, extra, state.calls)
+            check_like(topk_ids, topk_weights, tokens, earlier.tokens)
+            routing, tables = earlier.routing, earlier.tables
             base._check_free(state)
         state.calls += 1
         slot = extra.slots[state.calls % SLOTS]
         slot.hits = routing.hits
+        extra.note(state.calls, like is not None)
         if like is None:
-            routing.call = extra.fresh[state.calls % SLOTS] = state.calls
+            routing.call = state.calls
         bits = header_bits(mode, weights is not None, contiguous=True)
         sent = Sent(rows, weights, given, mode, like is not None, tables)
         handle = ContiguousHandle(base, name, state.calls, slot, bits, fp8, sent, routing)
@@ -157,11 +156,9 @@ class ContiguousRank:
         if host_counts:
             words = self._counts_on_host(mine)
             most = sum(words[: layout.R])
-            counts_list = [-(-count // alignment) * alignment for count in words[layout.R :]]
+            counts_list = padded(words[layout.R :], alignment)
         if out is not None:
-            inputs.check_tensor("out", out, ("rows", layout.H), (dtype,), self.device)
-            if out.shape[0] < most:
-                raise InputError(f"out has {out.shape[0]} rows and this step needs {most}; give a larger one, or none")
+            self.check_out(out, dtype, most)
         shown = self._output(state, mine)
         contiguous_recv(
             layout,
@@ -200,6 +197,22 @@ class ContiguousRank:
             mine,
             counts_list,
         )
+
+    def dispatch_send(
+        self,
+        x: torch.Tensor,
+        topk_ids: torch.Tensor | None,
+        topk_weights: torch.Tensor | None = None,
+        *,
+        scales: torch.Tensor | None = None,
+        fp8: ScaleFormat | None = None,
+        channel: str | None = None,
+        like: Handle | None = None,
+    ) -> ContiguousHandle:
+        """`dispatch_layout` and `dispatch_rows`."""
+        handle = self.dispatch_layout(x, topk_ids, topk_weights, scales=scales, fp8=fp8, channel=channel, like=like)
+        self.dispatch_rows(handle)
+        return handle
 
     # combine
 
@@ -242,6 +255,12 @@ class ContiguousRank:
         return self._done(mine, state, result)
 
     # helpers
+
+    def check_out(self, out: torch.Tensor, dtype: torch.dtype, rows: int) -> None:
+        """Storage for so many rows. Raises InputError."""
+        inputs.check_tensor("out", out, ("rows", self.layout.H), (dtype,), self.device)
+        if out.shape[0] < rows:
+            raise InputError(f"out has {out.shape[0]} rows and this step needs {rows}; give a larger one, or none")
 
     def _combine(
         self,
@@ -297,20 +316,19 @@ class ContiguousRank:
             self._extras[name] = Extra.of(self.layout, self.device)
         return self._extras[name]
 
-    def _known(self, like: Handle, name: str, extra: Extra, tokens: int) -> tuple[Routing, Tables]:
+    def _known(self, like: Handle, name: str, extra: Extra, calls: int) -> ContiguousHandle:
+        """The step, whose routing and tables are still there."""
         if not isinstance(like, ContiguousHandle) or like._owner is not self.base or like.channel != name:
             raise HandleError(f"like={like!r}; give the handle of a contiguous step of channel {name!r} of this object")
         if like.tables is None:
             raise HandleError(f"like={like!r}; receive that step first")
         call = like.routing_call
-        if like.routing.call != call or call not in extra.fresh:
+        if like.routing.call != call or not extra.holds(call, calls):
             raise HandleError(
                 f"like={like!r}: the routing of dispatch {call} has been overwritten by a later dispatch of the "
                 "channel; give topk_ids again"
             )
-        if tokens != like.tokens:
-            raise InputError(f"x has {tokens} tokens, and the step that like= names had {like.tokens}; give as many")
-        return like.routing, like.tables
+        return like
 
     def _output(self, state: Channel, mine: ContiguousHandle) -> Output:
         found = self._extra(mine.channel).outputs

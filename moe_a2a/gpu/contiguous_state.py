@@ -127,7 +127,8 @@ class Extra:
     slots: list[ContiguousSlot]
     routings: list[Routing]
     experts: torch.Tensor
-    fresh: list[int]
+    made: list[int]
+    kept: list[int]
     outputs: dict[tuple[int, ScaleFormat | None], Output] = field(default_factory=dict)
 
     @staticmethod
@@ -137,7 +138,22 @@ class Extra:
             [Routing.empty(layout, device) for _ in range(_ROUTINGS)],
             torch.zeros(layout.E, dtype=torch.int32, device=device),
             [0] * SLOTS,
+            [0] * SLOTS,
         )
+
+    def note(self, call: int, known: bool) -> None:
+        """A contiguous dispatch uses a block."""
+        block = call % SLOTS
+        if not known:
+            self.made[block] = call
+        elif self.kept[block] != call - SLOTS:  # a masked one was there
+            self.made[block] = 0
+        self.kept[block] = call
+
+    def holds(self, call: int, calls: int) -> bool:
+        """Are the tables of a dispatch still there, after `calls` of the channel, masked ones too?"""
+        block = call % SLOTS
+        return self.made[block] == call and self.kept[block] == calls - (calls - call) % SLOTS
 
     def free_routing(self, open_steps: Iterable[GpuHandle]) -> Routing:
         """The one that was written longest ago, of those that no open step follows."""
