@@ -1,4 +1,4 @@
-"""CPU ranks: a step's layout that is said when it is sent, and steps that follow an earlier one's routing."""
+"""CPU ranks: the layout is said when a step is sent, and steps that follow an earlier one's routing."""
 
 from __future__ import annotations
 
