@@ -51,8 +51,8 @@ def _send_chunks(
         item = tl.full([], 0, tl.int32) + number  # the interpreter's loops count in Python ints
         chunk = item // OTHERS
         other = (rank + 1 + item % OTHERS) % L.R
-        first = tl.load(came + other)
-        count = tl.load(came + other + 1) - first
+        first = tl.load(came + 1 + other)
+        count = tl.load(came + 2 + other) - first
         if chunk * L.CHUNK < count:
             base = pick(bases, other, L) + block
             for part in tl.static_range(STEPS):
@@ -115,7 +115,7 @@ def _contiguous_combine(
         if SPLIT:
             kept = mine + L.sums + (rank * L.M).to(tl.int64) * SIZE
         else:
-            kept = y.to(tl.int64) + tl.load(came + rank).to(tl.int64) * SIZE  # this rank's own rows
+            kept = y.to(tl.int64) + tl.load(came + 1 + rank).to(tl.int64) * SIZE  # this rank's own rows
         here = has_bit(received, rank)
         missing = want * 0
         for number in range(pid - senders, (tokens + UNIT - 1) // UNIT, receivers):

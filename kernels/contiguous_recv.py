@@ -97,8 +97,9 @@ def _contiguous_recv(
             choices += tl.load(sent + source * L.E_L + e, mask=(e < L.E_L) & whole, other=0)
         tl.store(counts + e, choices, mask=e < L.E_L)
         tl.store(tokens_per_rank + s, rows, mask=s < L.R)
-        tl.store(came + s, ends - rows, mask=s < L.R)
-        tl.store(came + L.R, total)
+        tl.store(came, total)
+        tl.store(came + 1 + s, ends - rows, mask=s < L.R)
+        tl.store(came + 1 + L.R, total)
         tl.store(handle + L.RECEIVED, tl.where(whole, good, 0))
         tl.store(handle + L.LONGEST, tl.max(rows, 0).to(tl.int64))
         report_missing(want & ~good, rank, handle, report, L)
@@ -125,7 +126,7 @@ def contiguous_recv(
     programs: int,
 ) -> None:
     """Launch. counts: int32 [E_l]; tokens_per_rank: int32 [R]; packed: int32 [ceil(H/512), CAPACITY] for UE8M0 scales,
-    or None; bits, known, own_block: as they were sent; came: int32 [R + 1], the first row of each source, and N. The
+    or None; bits, known, own_block: as they were sent; came: int32 [R + 2]: N, the first row of each source, N. The
     others: `Layout`, `Routing`."""
     items = -(-layout.CAPACITY // _BLOCK) if packed is not None or not known else 1
     launch(

@@ -23,10 +23,11 @@ from moe_a2a.errors import ConfigError, InputError
 from moe_a2a.fp8 import ScaleFormat
 from moe_a2a.gpu.layout import Layout
 from moe_a2a.step import Phase
-from moe_a2a.types import Contiguous, Handle, Masked
+from moe_a2a.types import Contiguous, Grouped, Handle, Masked
 
 if TYPE_CHECKING:
     from moe_a2a.gpu.contiguous import ContiguousRank
+    from moe_a2a.gpu.grouped import GroupedRank
     from moe_a2a.gpu.masked import MaskedRank
 
 _INTERPRETER_PROGRAMS = 4  # of a contiguous launch
@@ -39,7 +40,7 @@ class VirtualGroup:
     config: as for `AllToAll`. ranks: R. device: "cuda", "cuda:1", or "cpu" (Triton's interpreter; nothing may have
     imported Triton before, unless TRITON_INTERPRET=1 was set). timeout_s: budget of every wait; fp8_only: smaller
     buffers, for dispatches in FP8 only; num_sms: of contiguous steps, see `Options`. `ranks` holds the ranks, to drive
-    them one by one; `contiguous` what they do in contiguous steps.
+    them one by one; `contiguous` and `grouped` what they do in steps of these layouts.
 
     Raises ConfigError.
     """
@@ -64,6 +65,7 @@ class VirtualGroup:
         if on_gpu:
             processors = torch.cuda.get_device_properties(self.device).multi_processor_count
         from moe_a2a.gpu.contiguous import ContiguousRank  # needs Triton, in the mode that _device has chosen
+        from moe_a2a.gpu.grouped import GroupedRank
         from moe_a2a.gpu.masked import MaskedRank
 
         #: int64 [1], a bit for each rank that lives; waits for a rank without its bit end at once.
@@ -85,6 +87,7 @@ class VirtualGroup:
         self.contiguous: list[ContiguousRank] = [
             ContiguousRank(rank, num_sms if on_gpu else _INTERPRETER_PROGRAMS) for rank in self.ranks
         ]
+        self.grouped: list[GroupedRank] = [GroupedRank(rank, processors) for rank in self.contiguous]
 
     @property
     def buffer_bytes(self) -> int:
@@ -192,6 +195,22 @@ class VirtualGroup:
             for rank, handle, o in zip(self.contiguous, handles, outs, strict=True)
         ]
 
+    def grouped_recv(
+        self,
+        handles: Sequence[Handle],
+        *,
+        alignment: int = 128,
+        out: Sequence[torch.Tensor] | None = None,
+        host_counts: bool = False,
+    ) -> list[Grouped]:
+        """The receiving halves of a step that was sent as contiguous, for the grouped layout. Raises InputError,
+        HandleError."""
+        outs = self._each("out", out)
+        return [
+            rank.dispatch_recv(handle, alignment=alignment, out=o, host_counts=host_counts)
+            for rank, handle, o in zip(self.grouped, handles, outs, strict=True)
+        ]
+
     def combine(
         self,
         y: Sequence[torch.Tensor],
@@ -207,6 +226,9 @@ class VirtualGroup:
         if isinstance(handles[0], ContiguousHandle):
             if topk_weights is not None:
                 raise InputError("the contiguous layout combines rows that carry their weights; leave topk_weights out")
+            ys = [
+                rank.contiguous_rows(rows, handle) for rank, handle, rows in zip(self.grouped, handles, ys, strict=True)
+            ]
             for one, handle, rows in zip(self.contiguous, handles, ys, strict=True):
                 one.combine_apart(rows, handle)
             return [

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from virtual_steps import POISON, bits, make_inputs, sizes_of
 
-from moe_a2a import Contiguous, Handle
+from moe_a2a import Contiguous, Grouped, Handle
 from moe_a2a import reference as ref
 from moe_a2a.fp8 import ScaleFormat
 from moe_a2a.virtual import VirtualGroup
@@ -69,6 +69,36 @@ def check_rows(
             if len(have.scales) == n > 1:
                 assert (have.scales.stride(0) == 1) == (want.scales.stride(0) == 1)
             assert torch.equal(have.scales[:n].cpu(), want.scales), f"rank {rank}: scales"
+
+
+def check_grouped(
+    group: VirtualGroup,
+    inputs: Sequence[Inputs],
+    got: Sequence[Grouped | None],
+    fp8: ScaleFormat | None,
+    alignment: int,
+    ranks: Sequence[int] | None = None,
+) -> None:
+    """Every field and row to the bit, and nothing behind the last expert's rows."""
+    payload, scales = [i.x for i in inputs], None
+    if fp8 is not None:
+        payload, scales = zip(*[ref.quantise(i.x, fp8) for i in inputs], strict=True)
+    ids, weights = [i.topk_ids for i in inputs], [i.topk_weights for i in inputs]
+    for rank in range(len(group.ranks)) if ranks is None else ranks:
+        have = got[rank]
+        assert have is not None
+        want = ref.dispatch_grouped(sizes_of(group), payload, ids, weights, rank, alignment, scales)
+        assert torch.equal(have.counts.cpu(), want.counts) and torch.equal(have.offsets.cpu(), want.offsets)
+        n = len(want.x)
+        assert torch.equal(have.expert_ids[:n].cpu(), want.expert_ids) and (have.expert_ids[n:] == -1).all()
+        assert torch.equal(have.source[:n].cpu(), want.source) and (have.source[n:] == -1).all()
+        assert have.topk_weights is not None and torch.equal(have.topk_weights[:n].cpu(), want.topk_weights)
+        assert (have.topk_weights[n:] == 0).all()
+        rows = want.expert_ids >= 0
+        assert torch.equal(bits(have.x[:n].cpu()[rows]), bits(want.x[rows]))
+        if want.scales is not None:
+            assert have.scales is not None and have.scales.stride(0) == 1
+            assert torch.equal(have.scales[:n].cpu()[rows], want.scales[rows])
 
 
 def check_combine(

@@ -15,10 +15,19 @@ if "triton" not in sys.modules:
 import pytest
 import torch
 import triton
-from contiguous_steps import ContiguousSteps, check_combine, check_dispatch, check_rows, expert_outputs, rows_of
-from virtual_steps import Steps, bits, make_inputs
+from contiguous_steps import (
+    ContiguousSteps,
+    check_combine,
+    check_dispatch,
+    check_grouped,
+    check_rows,
+    expert_outputs,
+    rows_of,
+)
+from virtual_steps import Steps, bits, make_inputs, sizes_of
 
 from moe_a2a import Config, Contiguous, HandleError, InputError, RankLost
+from moe_a2a import reference as ref
 from moe_a2a.fp8 import ScaleFormat, pack_ue8m0, quantize
 from moe_a2a.gpu.contiguous_state import ContiguousHandle
 from moe_a2a.virtual import VirtualGroup
@@ -452,3 +461,51 @@ def test_a_rank_outside_the_view_gets_nothing_and_is_not_waited_for() -> None:
     check_dispatch(group, left, [got], ranks=[0])
     assert torch.equal(group.ranks[1]._channels[0].region, before)
     assert group.ranks[0].missing(handle) == []
+
+
+# ------------------------------------------------------------------------------------------------------------- grouped
+
+
+@pytest.mark.parametrize("fp8", [None, "fp32", "ue8m0"])
+@pytest.mark.parametrize("host_counts", [False, True])
+def test_rows_may_be_grouped_by_expert(fp8: ScaleFormat | None, host_counts: bool) -> None:
+    group = group_of(3, experts=6, top_k=3, hidden=640)
+    steps = ContiguousSteps(group)
+    for number, tokens in enumerate(([5, 3, 4], [0, 5, 1], [0, 0, 0])):
+        inputs = steps.inputs(tokens, holes=0.2)
+        steps.number += 1
+        steps.poison()
+        handles = group.dispatch_send(
+            [i.x for i in inputs],
+            [i.topk_ids for i in inputs],
+            [i.topk_weights for i in inputs],
+            layout="contiguous",
+            fp8=fp8,
+        )
+        alignment = (1, 4, 128)[number]
+        got = group.grouped_recv(handles, alignment=alignment, host_counts=host_counts)
+        check_grouped(group, inputs, got, fp8, alignment)
+        most = group.grouped[0].worst_case(alignment)
+        assert all(len(d.x) == (int(d.offsets[-1]) if host_counts else most) for d in got)
+        y = expert_outputs(group, [len(d.x) for d in got], number)
+        padded = [rows.masked_fill((d.expert_ids < 0)[:, None], float("nan")) for rows, d in zip(y, got, strict=True)]
+        out = group.combine(padded, handles)
+        for rank, have in enumerate(out):
+            ids = [i.topk_ids for i in inputs]
+            exact = [rows[: int(d.offsets[-1])] for rows, d in zip(y, got, strict=True)]
+            want = ref.combine_grouped(sizes_of(group), exact, ids, inputs[rank].topk_weights, rank, alignment)
+            assert torch.equal(bits(have), bits(want))
+    group.check()
+
+
+def test_what_does_not_fit_the_grouped_layout_is_refused() -> None:
+    group = group_of(2)
+    inputs = make_inputs(group.config, 0, 0, [5, 4])
+    handles = group.dispatch_send([i.x for i in inputs], [i.topk_ids for i in inputs], layout="contiguous")
+    with pytest.raises(InputError, match="out has 31 rows and this step needs 32"):
+        group.grouped_recv(handles, alignment=4, out=[torch.zeros(31, 128, dtype=torch.bfloat16)] * 2)
+    got = group.grouped_recv(handles, alignment=4)
+    with pytest.raises(InputError, match=r"y has shape \[31, 128\]; expected \[32, 128\]"):
+        group.combine([d.x[:31] for d in got], handles)
+    with pytest.raises(InputError, match="topk_weights were not given at dispatch, which is where GPU ranks take them"):
+        group.combine([d.x for d in got], handles)

@@ -46,6 +46,7 @@ class GpuBackend:
         self.buffer_bytes = sum(region.nbytes for region in meeting.regions)
         self._health, self._peers, self._layout = Health(), meeting.peers, meeting.layout
         from moe_a2a.gpu.contiguous import ContiguousRank  # needs Triton, which `meet` has looked for
+        from moe_a2a.gpu.grouped import GroupedRank
         from moe_a2a.gpu.masked import MaskedRank
 
         rank, world = bootstrap.rank, bootstrap.world_size
@@ -61,6 +62,7 @@ class GpuBackend:
                 options.timeout_s,
             )
             self.contiguous = ContiguousRank(self.rank, options.num_sms or DEFAULT_SMS)
+            self.grouped = GroupedRank(self.contiguous, self.rank._processors)
             self._seen = torch.tensor([NO_BAD_INPUT, 0], dtype=torch.int64).pin_memory()
             torch.cuda.synchronize()
         self._news = memoryview(self._seen.numpy().data)
@@ -85,10 +87,12 @@ class GpuBackend:
         host_counts: bool,
     ) -> Dispatched:
         if layout != "masked":
-            _check_grouped(layout)
-            if out is not None and not host_counts:  # otherwise the rows that it needs are not known yet
+            if out is not None:
                 quantised = fp8 is not None or (isinstance(x, torch.Tensor) and x.dtype == FP8)
-                self.contiguous.check_out(out, FP8 if quantised else self.config.dtype, self._layout.CAPACITY)
+                most = self._layout.CAPACITY if layout == "contiguous" else self.grouped.worst_case(alignment)
+                # With host_counts, the rows that it needs are not known yet.
+                rows = 0 if host_counts else most
+                self.contiguous.check_out(out, FP8 if quantised else self.config.dtype, rows)
             handle = self.dispatch_send(x, topk_ids, topk_weights, scales, fp8, channel, layout, like)
             try:
                 return self.dispatch_recv(handle, layout, alignment, out, host_counts)
@@ -113,17 +117,17 @@ class GpuBackend:
         layout: Layout | None,
         like: Handle | None,
     ) -> Handle:
-        handle: GpuHandle
+        handle: GpuHandle | ContiguousHandle
         self._ready()
         with self._current():
             if layout is None or layout == "masked":
                 ids = _masked_ids(topk_ids, like, False)
                 handle = self.rank.dispatch_send(x, ids, topk_weights, scales=scales, fp8=fp8, channel=channel)
             else:
-                _check_grouped(layout)
                 handle = self.contiguous.dispatch_send(
                     x, topk_ids, topk_weights, scales=scales, fp8=fp8, channel=channel, like=like
                 )
+                handle.layout = layout
             self._sent(handle)
         return handle
 
@@ -136,8 +140,8 @@ class GpuBackend:
             raise InputError(f"layout={layout!r}, but the step was sent for {sent!r}; give dispatch_send the layout")
         with self._current():
             if isinstance(mine, ContiguousHandle):
-                _check_grouped(layout or sent)
-                return self.contiguous.dispatch_recv(mine, alignment=alignment, host_counts=host_counts, out=out)
+                rank = self.grouped if (layout or mine.layout) == "grouped" else self.contiguous
+                return rank.dispatch_recv(mine, alignment=alignment, host_counts=host_counts, out=out)
             _masked_ids(None, None, host_counts)
             return self.rank.dispatch_recv(mine, out=out)
 
@@ -149,8 +153,7 @@ class GpuBackend:
         mine = self._own(handle)
         with self._current():
             if isinstance(mine, ContiguousHandle):
-                _check_no_weights(topk_weights)
-                result = self.contiguous.combine(y, mine, out=out)
+                result = self.contiguous.combine(self._rows(y, mine, topk_weights), mine, out=out)
             else:
                 result = self.rank.combine(y, mine, topk_weights, out=out)
             self._ended(mine)
@@ -159,9 +162,8 @@ class GpuBackend:
     def combine_send(self, y: torch.Tensor, handle: Handle, topk_weights: torch.Tensor | None) -> None:
         mine, places = self._own(handle), self._layout
         if isinstance(mine, ContiguousHandle):
-            _check_no_weights(topk_weights)
             with self._current():
-                self.contiguous.combine_send(y, mine)
+                self.contiguous.combine_send(self._rows(y, mine, topk_weights), mine)
             return
         if topk_weights is not None and mine.phase is Phase.RECEIVED:  # nothing is sent if y is refused
             inputs.check_tensor("y", y, (places.E_L, places.CAP, places.H), (self.config.dtype,), self.device)
@@ -246,6 +248,15 @@ class GpuBackend:
 
     # helpers
 
+    def _rows(self, y: torch.Tensor, mine: ContiguousHandle, topk_weights: torch.Tensor | None) -> torch.Tensor:
+        """What the experts of this rank have to say of each received token."""
+        if topk_weights is not None:
+            raise InputError(
+                "GPU ranks combine contiguous rows that carry their weights, and grouped ones with the weights that "
+                "were given at dispatch; leave topk_weights out"
+            )
+        return self.grouped.contiguous_rows(y, mine)
+
     def _current(self) -> AbstractContextManager[object]:
         """Makes this rank's GPU the current one; usually it is, and this runs at every call."""
         index = self.device.index
@@ -277,19 +288,9 @@ class GpuBackend:
         self._health.closed = True
 
 
-def _check_grouped(layout: Layout) -> None:
-    if layout == "grouped":
-        raise InputError("layout='grouped' is served by CPU ranks; GPU ranks have 'masked' and 'contiguous' so far")
-
-
 def _masked_ids(topk_ids: torch.Tensor | None, like: Handle | None, host_counts: bool) -> torch.Tensor:
     if like is not None or host_counts:
         raise InputError(
             "like= and host_counts= are for the layouts 'contiguous' and 'grouped'; 'masked' needs neither"
         )
     return cast(torch.Tensor, topk_ids)  # checked with the other arguments
-
-
-def _check_no_weights(topk_weights: torch.Tensor | None) -> None:
-    if topk_weights is not None:
-        raise InputError("the contiguous layout combines rows that carry their weights already; leave topk_weights out")

@@ -154,7 +154,7 @@ class ContiguousRank:
         dtype = self.config.dtype if mine._fp8 is None else FP8
         most, counts_list = layout.CAPACITY, None
         if host_counts:
-            words = self._counts_on_host(mine)
+            words = self.counts_on_host(mine)
             most = sum(words[: layout.R])
             counts_list = padded(words[layout.R :], alignment)
         if out is not None:
@@ -305,6 +305,10 @@ class ContiguousRank:
         state.open.remove(mine)
         return result
 
+    def step(self, handle: Handle, needed: Phase) -> ContiguousHandle:
+        """The handle, if it is of a contiguous step of this rank that is so far. Raises HandleError."""
+        return self._step(handle, needed)[0]
+
     def _step(self, handle: Handle, needed: Phase) -> tuple[ContiguousHandle, Channel]:
         mine, state = self.base._step(handle, needed)
         if not isinstance(mine, ContiguousHandle):
@@ -337,7 +341,7 @@ class ContiguousRank:
             found[key] = Output.of(self.layout, state.region, mine.block, self.config.dtype, mine._fp8)
         return found[key]
 
-    def _counts_on_host(self, mine: ContiguousHandle) -> list[int]:
+    def counts_on_host(self, mine: ContiguousHandle) -> list[int]:
         """Rows of each source, and for each local expert. Waits until contiguous_send has written them."""
         words, ticket = mine.slot.host.numpy(), mine.ticket
         began = time.monotonic()

@@ -11,6 +11,7 @@ from moe_a2a.fp8 import FP8, ScaleFormat, scale_columns
 from moe_a2a.gpu.handle import GpuHandle, Slot
 from moe_a2a.gpu.layout import SLOTS, Layout
 from moe_a2a.gpu.routing import Routing
+from moe_a2a.types import Layout as LayoutName
 
 #: Routings of a channel that are kept: those of two open steps, and one for the next.
 _ROUTINGS = SLOTS + 1
@@ -20,15 +21,15 @@ Tables = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]
 
 @dataclass
 class ContiguousSlot(Slot):
-    """As `Slot`, where places is int32 [R + 1]: the first received row of each source, and N. host: int64 [R + E_l] of
-    pinned memory, for counts."""
+    """As `Slot`, where places is int32 [R + 2]: N, the first received row of each source, and N again. host: int64
+    [R + E_l] of pinned memory, for counts."""
 
     host: torch.Tensor
 
     @staticmethod
     def empty(layout: Layout, device: torch.device) -> ContiguousSlot:
         words = torch.zeros(layout.HANDLE_WORDS, dtype=torch.int64, device=device)
-        came = torch.zeros(layout.R + 1, dtype=torch.int32, device=device)
+        came = torch.zeros(layout.R + 2, dtype=torch.int32, device=device)
         host = torch.zeros(layout.R + layout.E_L, dtype=torch.int64, pin_memory=device.type == "cuda")
         return ContiguousSlot(words, words[:0], came, host)
 
@@ -47,7 +48,12 @@ class Sent:
 
 
 class ContiguousHandle(GpuHandle):
-    """A contiguous step. block: 0 or 1, where its received rows lie; rows: how many were handed out."""
+    """A contiguous step. layout: how its rows are wanted, contiguous or grouped. block: 0 or 1, where its received rows
+    lie; rows: how many were handed out.
+
+    grouping: of a step that was received as grouped: int32 [rows, K], where each choice's row lies among the
+    grouped_rows that were handed out instead; weights: fp32 [rows, K], if they were given.
+    """
 
     slot: ContiguousSlot
 
@@ -67,6 +73,10 @@ class ContiguousHandle(GpuHandle):
         self.known, self.tables = sent.known, sent.tables
         self.routing, self.routing_call = routing, routing.call
         self.block, self.rows = call % SLOTS, 0
+        self.layout: LayoutName = "contiguous"
+        self.grouping: torch.Tensor | None = None
+        self.weights: torch.Tensor | None = None
+        self.grouped_rows = 0
 
     @property
     def ticket(self) -> int:

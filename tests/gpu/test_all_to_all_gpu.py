@@ -257,8 +257,6 @@ def _bad_input(ctx: Ctx, gpus: tuple[int, ...]) -> None:
     ):
         with pytest.raises(InputError, match=says):
             a2a.dispatch(*given)
-    with pytest.raises(InputError, match="layout='grouped' is served by CPU ranks"):
-        a2a.dispatch(x, ids, weights, layout="grouped")
     with pytest.raises(InputError, match="channel='b'"):
         a2a.dispatch(x, ids, weights, channel="b")
     with pytest.raises(InputError, match="out has shape"):

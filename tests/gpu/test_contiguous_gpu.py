@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from contiguous_steps import ContiguousSteps, check_combine, check_dispatch, expert_outputs, rows_of
+from contiguous_steps import ContiguousSteps, check_combine, check_dispatch, check_grouped, expert_outputs, rows_of
 from ranks import Ctx, run_ranks
 from torch import Tensor
 from virtual_steps import Steps, bits, make_inputs
 
-from moe_a2a import AllToAll, Config, ConfigError, Contiguous, Handle, HandleError, InputError, Options
+from moe_a2a import AllToAll, Config, ConfigError, Contiguous, Grouped, Handle, HandleError, InputError, Options
+from moe_a2a import reference as ref
 from moe_a2a.fp8 import ScaleFormat
 from moe_a2a.gpu.layout import Layout
 from moe_a2a.workload import Inputs
@@ -241,6 +242,37 @@ def _random_steps(ctx: Ctx, gpus: tuple[int, ...], steps: int) -> None:
 @pytest.mark.parametrize("gpus", PLACES)
 def test_random_steps_match_the_oracle(gpus: tuple[int, ...]) -> None:
     run_ranks(_random_steps, len(gpus), gpus, 150 if len(gpus) == 2 else 60, timeout=250)
+
+
+def _grouped(ctx: Ctx, gpus: tuple[int, ...], config: Config) -> None:
+    member = Member(ctx, gpus, config)
+    most = config.max_tokens_per_rank
+    for number, fp8 in enumerate((None, "fp32", "ue8m0")):
+        for tokens, counts in (
+            ([most] * ctx.world, False),
+            ([(97 * r + 5) % (most + 1) for r in range(ctx.world)], True),
+        ):
+            inputs = member.inputs(number, tokens, holes=0.15, padding=0.1)
+            x, ids, weights = member.mine(inputs)
+            got = member.a2a.dispatch(x, ids, weights, layout="grouped", fp8=fp8, host_counts=counts)
+            assert isinstance(got, Grouped)
+            check_grouped(member.group, inputs, member.in_place(got), fp8, 128, [member.rank])  # type: ignore[arg-type]
+            assert not counts or len(got.x) == int(got.offsets[-1])
+            # Experts that return the rows' source: what every rank makes of every row is known everywhere.
+            y = got.source.clamp(min=0)[:, None].expand(-1, config.hidden_size).to(config.dtype).contiguous()
+            y[got.expert_ids < 0] = float("nan")
+            out = member.a2a.combine(y, got.handle)
+            own = torch.arange(len(x)).add(most * ctx.rank)[:, None].expand_as(x).to(config.dtype)
+            sizes = ref.Sizes(ctx.world, config.num_experts, most)
+            mine = inputs[ctx.rank]
+            want = ref.moe_output(sizes, own, mine.topk_ids, mine.topk_weights, ctx.rank, lambda _, rows: rows)
+            assert torch.equal(bits(out.cpu()), bits(want))
+    member.end()
+
+
+@pytest.mark.parametrize("gpus", PLACES)
+def test_rows_may_be_grouped_by_expert(gpus: tuple[int, ...]) -> None:
+    run_ranks(_grouped, len(gpus), gpus, Config(64, 1024, 8, 300), timeout=200)
 
 
 def _refused(ctx: Ctx) -> None:
