@@ -5,6 +5,9 @@ local experts. The row of a choice is what the sources before it sent to that ex
 wrote in the table: slots follow (source rank, token) order, whatever arrives first. Rows that hold no token are not
 touched.
 
+Where rows came from is written in one of two forms: `source`, source rank * M + token; or BY_SOURCE, as DeepEP's
+handles hold it: `source` is the token alone, and `ranges` says which rows of an expert are of which rank.
+
 Memory-ordering contract
     Waits for the DISPATCH flag of every source in the handle's view (acquire), then reads this rank's own region only.
     Writes the outputs, `places` (where the rows of each (source, token) went, for combine) and the handle's RECEIVED,
@@ -63,9 +66,9 @@ def _copy_scales(
 
 @triton.jit(do_not_specialize=["rank"])
 def _dispatch_recv(
-    x, scales, counts, source, region, control, alive, handle, places, report, rank,
-    BITS: tl.constexpr, SCALES: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, EXPERTS: tl.constexpr,
-    L: tl.constexpr, LANES: tl.constexpr,
+    x, scales, counts, source, ranges, region, control, alive, handle, places, report, rank,
+    BITS: tl.constexpr, SCALES: tl.constexpr, BY_SOURCE: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr,
+    EXPERTS: tl.constexpr, L: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
@@ -104,7 +107,7 @@ def _dispatch_recv(
         to = _slots(block, words, s, good, L)
         if part == 0:
             tl.store(places + place * L.K + k, to, mask=k < L.K)
-            tl.store(source + to, place + to * 0, mask=to >= 0)
+            tl.store(source + to, (t if BY_SOURCE else place) + to * 0, mask=to >= 0)
         if tl.max(to, 0) >= 0:
             row = aligned(block + L.rows + place.to(tl.int64) * L.row_stride, tl.int32)
             column = part * BLOCK + w
@@ -122,7 +125,10 @@ def _dispatch_recv(
         from_source = (block + L.counts).to(tl.pointer_type(tl.int32))
         R: tl.constexpr = L.R
         for s in tl.static_range(R):
-            total += tl.load(from_source + s * L.E_L + e, mask=(e < L.E_L) & has_bit(good, s), other=0)
+            rows = tl.load(from_source + s * L.E_L + e, mask=(e < L.E_L) & has_bit(good, s), other=0)
+            if BY_SOURCE:
+                tl.store(ranges + e * R + s, (total.to(tl.int64) << 32) | rows.to(tl.int64), mask=e < L.E_L)
+            total += rows
         tl.store(counts + e, total, mask=e < L.E_L)
         tl.store(handle + L.RECEIVED, good)
         tl.store(handle + L.LONGEST, longest.to(tl.int64))
@@ -138,6 +144,7 @@ def dispatch_recv(
     scales: torch.Tensor | None,
     counts: torch.Tensor,
     source: torch.Tensor,
+    ranges: torch.Tensor | None,
     bits: int,
     *,
     region: torch.Tensor,
@@ -149,7 +156,8 @@ def dispatch_recv(
     processors: int,
 ) -> None:
     """Launch. x: [E_l, R*M, H], FP8 or payload dtype; scales: storage [E_l, width, R*M], fp32 or packed int32, or None;
-    counts: int32 [E_l]; source: int32 [E_l, R*M]; bits: what all headers must say (`formats.header_bits`);
+    counts: int32 [E_l]; source: int32 [E_l, R*M]; ranges: int64 [E_l, R], or None for the form without it; bits: what
+    all headers must say (`formats.header_bits`);
     places: int32 [R*M, K]; processors: SMs of the device. The others: `Layout`."""
     words = layout.H * x.element_size() // 4
     form = NO_SCALES if scales is None else FP32_SCALES if scales.dtype == torch.float32 else PACKED_SCALES
@@ -165,6 +173,7 @@ def dispatch_recv(
             scales.view(torch.int32) if scales is not None else counts,
             counts,
             source,
+            ranges if ranges is not None else handle,
             region,
             control,
             alive,
@@ -173,7 +182,7 @@ def dispatch_recv(
             report,
             rank,
         ),
-        (bits, form, words, block, power_of_two_at_least(layout.E_L), layout, 32 * _WARPS),
+        (bits, form, ranges is not None, words, block, power_of_two_at_least(layout.E_L), layout, 32 * _WARPS),
         (),
         num_warps=_WARPS,
     )

@@ -164,6 +164,27 @@ def wait(region, handle, control, alive, PHASE: tl.constexpr, want, step, L: tl.
 
 
 @triton.jit
+def watch(region, handle, control, alive, PHASE: tl.constexpr, source, step, L: tl.constexpr, LANES: tl.constexpr):
+    """Return when one source's flag is set, or when a `wait` for it would give up. Decides nothing.
+
+    Arguments as `wait`'s. For one source a program, in a grid of at most R: each looks at host memory for itself.
+    """
+    flags = (region + L.flags + PHASE * L.R * 8).to(tl.pointer_type(tl.int64))
+    deadline = handle + (L.DEADLINE + PHASE)
+    want = tl.full([], 1, tl.int64) << source.to(tl.int64)
+    bits, _ = _poll(flags, deadline, want, 2 * step, L.R, LANES)
+    polls = tl.full([], 0, tl.int32)
+    while ((bits & want) == 0) & ((bits & _OVER) == 0):
+        if polls == _SPINS:
+            tl.atomic_cas(deadline, tl.full([], 0, tl.int64), now() + tl.load(control + L.BUDGET_NS))
+        if polls % _LOOKS == _LOOKS - 1:
+            bits |= tl.where((want & _uniform(alive, LANES)) == 0, _OVER, 0)
+        polls += 1
+        polled, _ = _poll(flags, deadline, want, 2 * step, L.R, LANES)
+        bits |= polled
+
+
+@triton.jit
 def is_last(counter):
     """Announce that this program is done; True in the last of the launch, which sees all that the others stored.
 

@@ -164,6 +164,16 @@ class AllToAll:
         """
         return self._backend.dispatch_send(x, topk_ids, topk_weights, scales, fp8, channel)
 
+    def reserve(self, handle: Handle, *, by_source: bool = False, out: torch.Tensor | None = None) -> Masked:
+        """The tensors that `dispatch_recv(handle)` will fill, in the masked layout, for callers who hand them on first.
+        Until then their contents mean nothing. Sends and waits for nothing.
+
+        by_source: rows' origins as DeepEP's handles hold them: `source` is the token's number on its rank, and `ranges`
+        int64 [E_l, R] holds first row << 32 | number of rows of each source rank. out: storage for x.
+        Raises InputError, HandleError.
+        """
+        return self._backend.reserve(handle, by_source, out)
+
     def dispatch_recv(
         self, handle: Handle, *, layout: Layout = "masked", alignment: int = 128, out: torch.Tensor | None = None
     ) -> Dispatched:
@@ -176,6 +186,8 @@ class AllToAll:
         """
         _check_layout(layout)
         checks.check_alignment(alignment)
+        if isinstance(handle, Handle) and handle._reserved is not None and (layout != "masked" or out is not None):
+            raise InputError("this step's outputs are reserved: receive it in the masked layout, without out=")
         return self._backend.dispatch_recv(handle, layout, alignment, out)
 
     # combine
@@ -213,8 +225,18 @@ class AllToAll:
         """
         return self._backend.combine_recv(handle, out)
 
+    def add_wait_times(self, handle: Handle, into: torch.Tensor) -> None:
+        """Measure the step's next receive, of dispatch or of combine: called right before it.
+
+        into: int64 [R], to which the nanoseconds are added that this rank waits for each rank's part, from the start of
+        the receive. GPU ranks: one more kernel, in front of the receive. Raises InputError, HandleError.
+        """
+        self._backend.add_wait_times(handle, into)
+
     def discard(self, handle: Handle) -> None:
         """End a step without a combine. Collective: every rank discards the step. Raises HandleError, RankLost."""
+        if isinstance(handle, Handle):
+            handle._reserved = None
         self._backend.discard(handle)
 
     # life

@@ -9,7 +9,7 @@ import torch
 
 from moe_a2a.errors import HandleError
 from moe_a2a.fp8 import ScaleFormat
-from moe_a2a.types import Dispatched, Handle, Layout
+from moe_a2a.types import Dispatched, Handle, Layout, Masked
 
 
 class Backend(Protocol):
@@ -39,6 +39,8 @@ class Backend(Protocol):
         channel: str | None,
     ) -> Handle: ...
 
+    def reserve(self, handle: Handle, by_source: bool, out: torch.Tensor | None) -> Masked: ...
+
     def dispatch_recv(self, handle: Handle, layout: Layout, alignment: int, out: torch.Tensor | None) -> Dispatched: ...
 
     def check_combine(self, handle: Handle, out: torch.Tensor) -> None:
@@ -47,6 +49,8 @@ class Backend(Protocol):
     def combine_send(self, y: torch.Tensor, handle: Handle, topk_weights: torch.Tensor | None) -> None: ...
 
     def combine_recv(self, handle: Handle, out: torch.Tensor | None) -> torch.Tensor: ...
+
+    def add_wait_times(self, handle: Handle, into: torch.Tensor) -> None: ...
 
     def discard(self, handle: Handle) -> None: ...
 

@@ -20,7 +20,7 @@ from moe_a2a.step import Outgoing, Phase, RowFormat, Step
 from moe_a2a.transport.protocol import Transport
 from moe_a2a.transport.wait import wait_tasks
 from moe_a2a.transport.wire import FloatArray
-from moe_a2a.types import Dispatched, Handle, Layout
+from moe_a2a.types import Dispatched, Handle, Layout, Masked
 from moe_a2a.unpack import Unpacker
 
 _MOST_OPEN = 2  # one step for each parity of a channel's buffers
@@ -100,6 +100,11 @@ class CpuBackend:
         self._each(lambda transport: transport.send_dispatch(step))
         return Handle(self, step, fp8)
 
+    def reserve(self, handle: Handle, by_source: bool, out: torch.Tensor | None) -> Masked:
+        step = self._step(handle, Phase.SENT)
+        handle._reserved = self._unpacker.reserve(step, handle, handle._fp8, out, by_source)
+        return handle._reserved
+
     @torch.no_grad()
     def dispatch_recv(self, handle: Handle, layout: Layout, alignment: int, out: torch.Tensor | None) -> Dispatched:
         step = self._step(handle, Phase.SENT)
@@ -110,7 +115,9 @@ class CpuBackend:
         table = self._arena.table(step.row_format)
         result: Dispatched
         if layout == "masked":
-            result = self._unpacker.masked(step, received, table, handle, handle._fp8, out)
+            result = handle._reserved or self._unpacker.reserve(step, handle, handle._fp8, out, False)
+            handle._reserved = None  # the result holds its handle: not a circle that keeps both alive
+            self._unpacker.masked(step, received, table, result)
         elif layout == "contiguous":
             result = self._unpacker.contiguous(step, received, table, handle, handle._fp8, out)
         else:
@@ -167,6 +174,10 @@ class CpuBackend:
         self._each(lambda transport: transport.recv_combine(step, True))
         self._finish(step)
 
+    def add_wait_times(self, handle: Handle, into: torch.Tensor) -> None:
+        step = self._step(handle, Phase.SENT, Phase.COMBINING)
+        step.wait_times = checks.check_matrix("into", into, (self.world_size,), (torch.int64,))
+
     # life
 
     def check(self) -> None:
@@ -210,6 +221,7 @@ class CpuBackend:
     def _receive(self, step: Step) -> None:
         arrivals = [a for part in self._each(lambda transport: transport.recv_dispatch(step)) for a in part]
         step.arrivals = sorted(arrivals, key=lambda arrival: arrival.rank)
+        step.wait_times = None
 
     def _break(self, error: MoeA2AError) -> None:
         self._health.broken = error

@@ -120,8 +120,9 @@ class MaskedRank:
         state.open.append(handle)
         return handle
 
-    def dispatch_recv(self, handle: Handle, *, out: torch.Tensor | None = None) -> Masked:
-        """Launch the receiving half. out: storage for x, [E_l, R*M, H]. Raises InputError, HandleError."""
+    def reserve(self, handle: Handle, *, by_source: bool = False, out: torch.Tensor | None = None) -> Masked:
+        """The tensors that `dispatch_recv` of this step will fill: see `AllToAll.reserve`. Launches nothing. Raises
+        InputError, HandleError."""
         mine, state = self._step(handle, Phase.SENT)
         layout = self.layout
         dtype = self.config.dtype if mine._fp8 is None else FP8
@@ -135,20 +136,30 @@ class MaskedRank:
         scales = None
         if mine._fp8 is not None:
             width, form = scale_columns(layout.H, mine._fp8)
-            scales = self._output(state, mine, "scales", (layout.E_L, width, layout.CAP), form)
+            scales = self._output(state, mine, "scales", (layout.E_L, width, layout.CAP), form).transpose(1, 2)
+        ranges = self._output(state, mine, "ranges", (layout.E_L, layout.R), torch.int64) if by_source else None
+        mine._reserved = Masked(x, counts, source, scales, mine, ranges)
+        return mine._reserved
+
+    def dispatch_recv(self, handle: Handle, *, out: torch.Tensor | None = None) -> Masked:
+        """Launch the receiving half. out: storage for x, [E_l, R*M, H]. Raises InputError, HandleError."""
+        mine, state = self._step(handle, Phase.SENT)
+        got = mine._reserved or self.reserve(handle, out=out)
+        mine._reserved = None  # the result holds its handle: not a circle that keeps both alive
         dispatch_recv(
-            layout,
+            self.layout,
             self.rank,
-            x,
-            scales,
-            counts,
-            source,
+            got.x,
+            None if got.scales is None else got.scales.transpose(1, 2),
+            got.counts,
+            got.source,
+            got.ranges,
             mine.bits,
             places=mine.slot.places,
             **self._waiting(mine, state),
         )
         mine.phase = Phase.RECEIVED
-        return Masked(x, counts, source, None if scales is None else scales.transpose(1, 2), mine)
+        return got
 
     # combine
 
