@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -23,6 +24,9 @@ from moe_a2a.gpu.rendezvous import find_device, meet
 from moe_a2a.gpu.report import NO_BAD_INPUT
 from moe_a2a.step import Phase
 from moe_a2a.types import Handle, Layout, Masked
+
+if TYPE_CHECKING:
+    from moe_a2a.gpu.mask import Mask
 
 #: How often reports are copied: every so many steps, and after so long. A copy costs a launch.
 _REPORT_STEPS, _REPORT_S = 32, 0.05
@@ -63,6 +67,7 @@ class GpuBackend:
         self._since, self._copied = 0, time.monotonic()
         self._compiled: set[tuple[object, ...]] = set()
         self._compiling: GpuHandle | None = None
+        self._mask: Mask | None = None
 
     # dispatch
 
@@ -92,6 +97,11 @@ class GpuBackend:
             self._allow_for_compiling(handle)
         return handle
 
+    def reserve(self, handle: Handle, by_source: bool, out: torch.Tensor | None) -> Masked:
+        self._health.check()
+        with self._current():
+            return self.rank.reserve(handle, by_source=by_source, out=out)
+
     def dispatch_recv(self, handle: Handle, layout: Layout, alignment: int, out: torch.Tensor | None) -> Masked:
         self._health.check()
         _check_layout(layout)
@@ -120,6 +130,13 @@ class GpuBackend:
             self._ended(handle)
         return result if out is None else out
 
+    def add_wait_times(self, handle: Handle, into: torch.Tensor) -> None:
+        from moe_a2a.gpu.wait_times import add_wait_times
+
+        self._own(handle)
+        with self._current():
+            add_wait_times(self.rank, handle, into)
+
     def discard(self, handle: Handle) -> None:
         from moe_a2a.gpu.discard import discard
 
@@ -127,6 +144,13 @@ class GpuBackend:
         with self._current():
             discard(self.rank, handle)
             self._ended(handle)
+
+    def tolerate_missing(self) -> Mask:
+        """From now on ranks that are missing are left out of later steps, and no RankLost is raised."""
+        from moe_a2a.gpu.mask import Mask
+
+        self._mask = Mask(self.rank, self._peers)
+        return self._mask
 
     # what went wrong
 
@@ -138,10 +162,14 @@ class GpuBackend:
 
     def _look(self) -> None:
         """Raise what is known without asking the device."""
-        if self._peers.lost or self._news[0] != NO_BAD_INPUT or self._news[1]:
+        gone = bool(self._peers.lost) if self._mask is None else self._mask.news()
+        if gone or self._news[0] != NO_BAD_INPUT or self._news[1]:
             if torch.cuda.is_current_stream_capturing():
                 return  # the device cannot be asked; the call after the capture raises it
             self._raise_reports()
+        if self._mask is not None:
+            self._mask.add(self._peers.lost)
+            return
         try:
             self._peers.check()
         except RankLost as error:
@@ -155,6 +183,10 @@ class GpuBackend:
             with self._current():
                 self.rank.check()
         except RankLost as error:
+            if self._mask is not None:
+                with self._current():
+                    self._mask.add(error.ranks)
+                return
             # A death ends waits for others too, who may have been waiting for the same rank: blame the origin.
             origin = [rank for rank in error.ranks if rank in self._peers.lost]
             if origin:
@@ -174,7 +206,7 @@ class GpuBackend:
             self._compiling = None
         self._since += 1
         late = self._since >= _REPORT_STEPS or time.monotonic() - self._copied > _REPORT_S
-        if (late or self._peers.lost) and not torch.cuda.is_current_stream_capturing():
+        if (late or (self._peers.lost and self._mask is None)) and not torch.cuda.is_current_stream_capturing():
             self._copy_reports()
 
     def _copy_reports(self) -> None:

@@ -24,6 +24,7 @@ class Peers:
     def __init__(self, memory: HostMemory, watch: Watch, rank: int, alive: np.ndarray) -> None:
         self._memory, self._watch, self._rank, self._alive = memory, watch, rank, alive
         self.lost: dict[int, str] = {}
+        self._all, self._lock = int(alive[0]), threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="moe_a2a-peers", daemon=True)
         self._thread.start()
@@ -43,9 +44,16 @@ class Peers:
             self._lose(rank, "was missing from a step")
 
     def _lose(self, rank: int, why: str) -> None:
-        if rank not in self.lost:
-            self.lost[rank] = why
-            self._alive[0] &= ~np.int64(1 << rank)
+        with self._lock:
+            if rank not in self.lost:
+                self.lost[rank] = why
+                self._alive[0] &= ~np.int64(1 << rank)
+
+    def leave_out(self, ranks: int) -> None:
+        """End waits for these ranks, bits of a mask, and for no others but those that are lost."""
+        with self._lock:
+            lost = sum(1 << rank for rank in self.lost)
+            self._alive[0] = np.int64(self._all & ~ranks & ~lost)
 
     def _run(self) -> None:
         while not self._stop.wait(_LOOK_EVERY_S):
