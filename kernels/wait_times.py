@@ -28,7 +28,8 @@ def _wait_times(
 ):  # fmt: skip
     source = tl.program_id(0)
     step = tl.load(handle + L.STEP)
-    want = tl.load(handle + L.VIEW_MASK)
+    # Weights are waited for from ranks whose tokens came; the others, from all of the view.
+    want = tl.load(handle + (L.RECEIVED if PHASE == L.WEIGHTS else L.VIEW_MASK))
     began = now()
     if has_bit(want, source.to(tl.int64)):
         block = region.to(tl.int64) + (step & 1) * L.parity_bytes
@@ -46,7 +47,7 @@ def wait_times(
     alive: torch.Tensor,
     handle: torch.Tensor,
 ) -> None:
-    """Launch. times: int64 [R], added to; phase: DISPATCH or COMBINE. The others: `Layout`."""
+    """Launch. times: int64 [R], added to; phase: DISPATCH, WEIGHTS or COMBINE. The others: `Layout`."""
     launch(
         _wait_times,
         layout.R,

@@ -226,10 +226,11 @@ class AllToAll:
         return self._backend.combine_recv(handle, out)
 
     def add_wait_times(self, handle: Handle, into: torch.Tensor) -> None:
-        """Measure the step's next receive, of dispatch or of combine: called right before it.
+        """Measure a step's waits: those of its dispatch, if called before `dispatch_recv`; later, those of its combine.
 
-        into: int64 [R], to which the nanoseconds are added that this rank waits for each rank's part, from the start of
-        the receive. GPU ranks: one more kernel, in front of the receive. Raises InputError, HandleError.
+        into: int64 [R], to which the nanoseconds are added that this rank waits for each rank, from the start of the
+        wait: for tokens; for weights given at combine, and for sums. GPU ranks: a kernel more for each wait, in front
+        of the one that waits. Raises InputError, HandleError.
         """
         self._backend.add_wait_times(handle, into)
 

@@ -175,7 +175,7 @@ class CpuBackend:
         self._finish(step)
 
     def add_wait_times(self, handle: Handle, into: torch.Tensor) -> None:
-        step = self._step(handle, Phase.SENT, Phase.COMBINING)
+        step = self._step(handle, Phase.SENT, Phase.RECEIVED, Phase.COMBINING)
         step.wait_times = checks.check_matrix("into", into, (self.world_size,), (torch.int64,))
 
     # life

@@ -1,183 +1,55 @@
-"""DeepEP's Buffer on CPU ranks, against the oracle; and its kernel outputs with virtual ranks in the interpreter."""
+"""DeepEP's Buffer on CPU ranks, against the oracle."""
 
 from __future__ import annotations
 
-import gc
 import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from deep_ep_steps import ENDS, FORMS, Program
+from deep_ep_steps import Program, all_forms, dropped, parts, refused, sizes, two_batches
 from ranks import Ctx, run_ranks
+from test_docs import run_program
 
 from moe_a2a import ConfigError, HandleError, InputError, Options
 from moe_a2a.compat import deep_ep
 from moe_a2a.compat.deep_ep import Buffer, EventHandle, EventOverlap
 from moe_a2a.gpu.layout import Layout
 
-
-def _all_forms(ctx: Ctx) -> None:
-    program = Program(ctx, "cpu")
-    most = program.most
-    number = 0
-    for form in FORMS:
-        for end in ENDS:
-            number += 1
-            program.step(number, [(5 * r + number) % (most + 1) for r in range(ctx.world)], form, end, holes=0.2)
-        program.step(number, [most] * ctx.world, form)
-        program.step(number, [0] * (ctx.world - 1) + [1], form)
-    program.step(0, [0] * ctx.world)
-    program.buffer.destroy()
+EXAMPLE = Path(__file__).parents[1] / "examples" / "deep_ep_program.py"
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_every_form_and_every_way_to_wait_matches_the_oracle(ranks: int) -> None:
-    run_ranks(_all_forms, ranks)
-
-
-def _two_batches(ctx: Ctx) -> None:
-    """Two micro-batches through one Buffer, each a phase behind the other, as two-batch overlap runs them."""
-    program = Program(ctx, "cpu")
-    tokens = [5, 2]
-    first = program.dispatch(program.inputs(0, tokens), "fp8", "hook")
-    for layer in range(6):
-        second = program.dispatch(program.inputs(2 * layer + 1, tokens), "bf16", "hook")
-        first.finish()
-        first.check()
-        first.combine(layer, "hook")
-        following = program.dispatch(program.inputs(2 * layer + 2, tokens), "fp8", "hook")
-        second.finish()
-        second.check()
-        second.combine(layer, "hook")
-        first = following
-    first.finish()
-    first.combine(9)
-    program.buffer.destroy()
+    run_ranks(all_forms, ranks)
 
 
 def test_two_batches_take_turns_in_one_buffer() -> None:
-    run_ranks(_two_batches, 2)
-
-
-def _dropped(ctx: Ctx) -> None:
-    program = Program(ctx, "cpu")
-    got = []
-    for number in range(7):  # a program that only dispatches, as a benchmark does
-        got.append(program.dispatch(program.inputs(number, [4, 3]), "bf16", "hook" if number % 3 == 0 else "plain"))
-        if number % 2:
-            got[-1].finish()
-            got[-1].check()
-    got[-2].check()  # two results are valid
-    assert "at most two results are valid" in _refused(HandleError, lambda: got[-3].combine(0))
-    got[-1].finish()
-    got[-1].combine(1)
-    got[-2].combine(2)
-    assert "was combined already" in _refused(HandleError, lambda: got[-1].combine(1))
-    # A combine whose hook nobody called is finished when its buffers are needed.
-    left = program.dispatch(program.inputs(8, [4, 3]))
-    mine = left.inputs[ctx.rank]
-    out, _, hook = program.buffer.low_latency_combine(
-        program.outputs(8)[ctx.rank], mine.topk_ids, mine.topk_weights, left.handle, return_recv_hook=True
-    )
-    program.step(9, [1, 6])
-    program.step(10, [6, 1])
-    assert out.isfinite().all()
-    assert "is finished" in _refused(HandleError, hook)
-    program.buffer.destroy()
+    run_ranks(two_batches, 2)
 
 
 def test_steps_that_are_not_combined_make_room_for_later_ones() -> None:
-    run_ranks(_dropped, 2)
-
-
-def _parts(ctx: Ctx) -> None:
-    program = Program(ctx, "cpu")
-    world, experts = ctx.world, program.experts // ctx.world
-    # A handle taken apart and put together again; out; zero_copy; a wire format that is an optimisation only.
-    got = program.dispatch(program.inputs(0, [6, 2]))
-    src_info, layout_range, *sizes = got.handle
-    out = torch.full((len(got.x), program.hidden), float("nan"), dtype=torch.bfloat16)
-    assert got.combine(0, handle=(src_info, layout_range, *sizes), out=out) is out
-    program.dispatch(program.inputs(1, [6, 2])).combine(1, zero_copy=True)
-    one, two = (program.dispatch(program.inputs(n, [1, 5]), "fp8") for n in (2, 3))
-    two.combine(3, zero_copy=True)
-    one.combine(2, zero_copy=True, use_logfmt=True)
-    # Callers empty what they have used.
-    got = program.dispatch(program.inputs(4, [6, 6]), "fp8")
-    for tensor in (*got.recv, got.count, got.handle[1]):
-        tensor.set_(torch.empty(0, dtype=tensor.dtype))
-    got.combine(4)
-    for number in range(5, 8):
-        program.step(number, [6, 6], "fp8")
-    # Statistics add up.
-    stats = torch.zeros(experts, dtype=torch.int32)
-    waits, more = torch.zeros(world, dtype=torch.int64), torch.zeros(world, dtype=torch.int64)
-    counts = torch.zeros(experts, dtype=torch.int32)
-    for end in ("plain", "hook", "plain"):
-        got = program.dispatch(
-            program.inputs(9, [6, 4]),
-            end=end,
-            cumulative_local_expert_recv_stats=stats,
-            dispatch_wait_recv_cost_stats=waits,
-        )
-        got.finish()
-        counts += got.count
-        assert torch.equal(stats, counts)
-        before = waits.clone()
-        got.combine(9, end, combine_wait_recv_cost_stats=more)
-        assert (more > 0).all() and torch.equal(waits, before) and (waits > 0).all()
-    program.buffer.destroy()
+    run_ranks(dropped, 2)
 
 
 def test_handles_results_and_statistics_are_deep_eps() -> None:
-    run_ranks(_parts, 2)
-
-
-def _sizes(ctx: Ctx) -> None:
-    """Any sizes through one Buffer, several Buffers on one group, and ids on the rank's own terms."""
-    small, large = Program(ctx, "cpu"), Program(ctx, "cpu", experts=4, hidden=512, top_k=2, most=9)
-    for number in range(3):
-        small.step(number, [6, 1])
-        large.step(number, [2, 9], "fp8", "hook")
-    wide = Program(ctx, "cpu", most=11)
-    wide.buffer.destroy()
-    wide.buffer = small.buffer
-    for number in range(3):
-        wide.step(number, [11, 3])
-        small.step(number, [4, 4])
-    small.buffer.destroy()
-    large.buffer.destroy()
-    assert "is destroyed" in _refused(HandleError, lambda: small.step(0, [1, 1]))
-    again = Program(ctx, "cpu")
-    again.buffer.clean_low_latency_buffer(6, 256, 8)
-    again.step(0, [1, 1])
-    again.buffer.explicitly_destroy = False
-    with pytest.raises(AssertionError, match="explicitly_destroy"):
-        again.buffer.destroy()
-    del again
-    gc.collect()
+    run_ranks(parts, 2)
 
 
 def test_sizes_may_change_and_buffers_are_many() -> None:
-    run_ranks(_sizes, 2)
-
-
-def _refused(error: type[Exception], call: Any) -> str:
-    with pytest.raises(error) as caught:
-        call()
-    return str(caught.value)
+    run_ranks(sizes, 2)
 
 
 def _bad_input(ctx: Ctx) -> None:
-    program = Program(ctx, "cpu")
+    program = Program(ctx)
     buffer = program.buffer
     inputs = program.inputs(0, [6, 2])
     mine = inputs[ctx.rank]
     x, ids, weights = mine.x, mine.topk_ids, mine.topk_weights
 
     def dispatch(x: Any = x, ids: Any = ids, most: int = 6, experts: int = 8, **options: Any) -> str:
-        return _refused(InputError, lambda: buffer.low_latency_dispatch(x, ids, most, experts, **options))
+        return refused(InputError, lambda: buffer.low_latency_dispatch(x, ids, most, experts, **options))
 
     program.step(0, [6, 2])
     assert "x has dtype torch.float32; give torch.bfloat16" in dispatch(x.float())
@@ -196,7 +68,7 @@ def _bad_input(ctx: Ctx) -> None:
         ("dispatch_wait_recv_cost_stats", torch.zeros(2, 2, dtype=torch.int64)),
     ):
         assert f"{name} is {wrong.dtype} {list(wrong.shape)}" in dispatch(**{name: wrong})
-    assert "num_experts=9 does not divide by 2 ranks" in _refused(
+    assert "num_experts=9 does not divide by 2 ranks" in refused(
         ConfigError, lambda: buffer.low_latency_dispatch(x, ids, 6, 9)
     )
     program.step(1, [6, 2])
@@ -206,11 +78,11 @@ def _bad_input(ctx: Ctx) -> None:
 
     def combine(y: Any = y, ids: Any = ids, weights: Any = weights, handle: Any = got.handle, **options: Any) -> str:
         error = options.pop("error", InputError)
-        return _refused(error, lambda: buffer.low_latency_combine(y, ids, weights, handle, **options))
+        return refused(error, lambda: buffer.low_latency_combine(y, ids, weights, handle, **options))
 
     assert "sent, not received" in combine(error=HandleError)
     got.finish()
-    assert "is received, not combined; this call needs a step that is sent" in _refused(HandleError, got.finish)
+    assert "is received, not combined; this call needs a step that is sent" in refused(HandleError, got.finish)
     assert "x is torch.float32" in combine(y.float())
     assert "topk_idx is torch.int64 [1, 3]" in combine(ids=ids[:1])
     assert "topk_weights is torch.float64" in combine(weights=weights.double())
@@ -222,7 +94,7 @@ def _bad_input(ctx: Ctx) -> None:
     assert "not the tuple of five" in combine(handle=None, error=HandleError)
     assert "no open step has this handle" in combine(handle=(*_copies(got.handle[:2]), 6, 256, 8), error=HandleError)
     got.combine(0)
-    assert "enable_shrink=True" in _refused(HandleError, buffer.low_latency_clean_mask_buffer)
+    assert "enable_shrink=True" in refused(HandleError, buffer.low_latency_clean_mask_buffer)
     buffer.destroy()
     with pytest.raises(HandleError, match="low_latency_mode=False"):
         Buffer(buffer.group, device="cpu").low_latency_dispatch(x, ids, 6, 8)
@@ -300,8 +172,20 @@ def test_the_parameters_are_those_of_deep_ep_1_2_1() -> None:
         assert " ".join(found) == text, name
 
 
+def run_example(ctx: Ctx, source: str) -> None:
+    """Run the example as torchrun would have started it."""
+    run_program(ctx, source, "deep_ep_program.py")
+
+
+def test_a_program_for_deep_ep_runs_by_changing_its_import() -> None:
+    source = EXAMPLE.read_text()
+    ours = "from moe_a2a.compat.deep_ep import Buffer\n"
+    assert source.count("moe_a2a") == source.count(ours) == 1
+    run_ranks(run_example, 2, source)
+
+
 def _options_reach_the_core(ctx: Ctx) -> None:
-    program = Program(ctx, "cpu", options=Options(timeout_s=7.5, host=f"host-{ctx.rank}"))
+    program = Program(ctx, options=Options(timeout_s=7.5, host=f"host-{ctx.rank}"))
     program.dispatch(program.inputs(0, [1, 1]))
     (steps,) = program.buffer._low_latency._all.values()
     assert steps.a2a.options.timeout_s == 7.5 and steps.a2a.hosts == ((0,), (1,))

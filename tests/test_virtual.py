@@ -15,11 +15,24 @@ if "triton" not in sys.modules:
 import pytest
 import torch
 import triton
-from virtual_steps import Steps, bits, check_combine, check_dispatch, check_rows, expert_outputs, make_inputs
+from virtual_steps import (
+    Steps,
+    bits,
+    check_combine,
+    check_dispatch,
+    check_rows,
+    expert_outputs,
+    make_inputs,
+    poison,
+    sizes_of,
+)
 
 from moe_a2a import Config, ConfigError, HandleError, InputError, RankLost
+from moe_a2a import reference as ref
 from moe_a2a.fp8 import ScaleFormat, pack_ue8m0, quantize
 from moe_a2a.gpu.handle import GpuHandle
+from moe_a2a.gpu.mask import Mask
+from moe_a2a.gpu.wait_times import add_wait_times, watch
 from moe_a2a.virtual import VirtualGroup
 from moe_a2a.workload import Inputs
 
@@ -208,6 +221,63 @@ def test_a_group_that_cannot_be_is_refused() -> None:
         VirtualGroup(Config(8, 128, 2, 3), 2, "meta")
 
 
+@pytest.mark.parametrize("ranks, fp8", [(2, "ue8m0"), (4, None)])
+def test_origins_by_source_are_a_range_of_rows_for_each_rank(ranks: int, fp8: ScaleFormat | None) -> None:
+    """As DeepEP's handles hold them; the result's tensors are known before the receive."""
+    group = group_of(ranks, top_k=3)
+    steps = Steps(group)
+    for tokens in ([3, 1, 2, 3][:ranks], [0, 3, 3, 1][:ranks], [0] * ranks):
+        inputs = steps.inputs(tokens, holes=0.2)
+        handles = group.dispatch_send([i.x for i in inputs], [i.topk_ids for i in inputs], fp8=fp8)
+        outs = steps.poisoned(fp8)
+        known = [r.reserve(h, by_source=True, out=o) for r, h, o in zip(group.ranks, handles, outs, strict=True)]
+        got = group.dispatch_recv(handles)
+        assert all(a is b for a, b in zip(known, got, strict=True))
+        for rank, have in enumerate(got):
+            want = ref.dispatch_masked(sizes_of(group), [i.x for i in inputs], [i.topk_ids for i in inputs], rank)
+            assert have.ranges is not None and torch.equal(have.counts, want.counts)
+            for expert, count in enumerate(want.counts.tolist()):
+                source = want.source[expert, :count]
+                assert torch.equal(have.source[expert, :count], source % 3)
+                rows = torch.bincount(source // 3, minlength=ranks)
+                assert torch.equal(have.ranges[expert], (rows.cumsum(0) - rows << 32) | rows)
+        steps.combine(inputs, handles, weights=True)
+        poison(got)
+        steps.number += 1
+
+
+def test_wait_times_name_the_rank_that_is_slow() -> None:
+    group = group_of(3, timeout_s=1.0, experts=6)
+    inputs = make_inputs(group.config, 0, 0, [3, 2, 1])
+    handles = [rank.dispatch_send(i.x, i.topk_ids) for rank, i in zip(group.ranks, inputs[:2], strict=False)]
+    times = torch.zeros(3, dtype=torch.int64)
+    began = time.monotonic()
+    add_wait_times(group.ranks[0], handles[0], times)
+    watch(group.ranks[0], handles[0], group.layout.DISPATCH)  # rank 2 never comes
+    assert times[2] >= 1_000_000_000 > 3 * times[:2].max()
+    group.ranks[0].dispatch_recv(handles[0])
+    assert time.monotonic() - began < 1.9  # the receive goes by the same clock: one budget, not two
+    assert group.ranks[0].missing(handles[0]) == [2]
+    group.alive.fill_(0b011)
+    group.ranks[1].control[group.layout.BUDGET_NS] = 1000 * 10**9
+    add_wait_times(group.ranks[1], handles[1], torch.zeros(3, dtype=torch.int64))
+    watch(group.ranks[1], handles[1], group.layout.DISPATCH)  # ends: rank 2 is known to be dead
+    for rank, handle in zip(group.ranks, handles, strict=False):
+        if rank.rank == 1:
+            rank.dispatch_recv(handle)
+        rank.weights_push(handle, inputs[rank.rank].topk_weights)
+    times.zero_()
+    add_wait_times(group.ranks[0], handles[0], times)
+    watch(group.ranks[0], handles[0], group.layout.WEIGHTS)  # rank 2 sent no tokens, and owes no weights
+    assert times[2] == 0 and times[:2].min() > 0
+    group.ranks[0].combine_send(expert_outputs(group, 0)[0], handles[0])
+    watch(group.ranks[0], handles[0], group.layout.COMBINE)
+    assert times[2] > 0
+    group.ranks[0].combine_recv(handles[0])
+    with pytest.raises(HandleError, match="has still to wait"):
+        add_wait_times(group.ranks[0], handles[0], times)
+
+
 # -------------------------------------------------------------------------------------------------------------- faults
 
 
@@ -307,3 +377,63 @@ def test_a_rank_outside_the_view_gets_nothing_and_is_not_waited_for() -> None:
     check_dispatch(group, without(inputs, 1), [got], None, [0])
     assert torch.equal(group.ranks[1]._channels[0].region, before)
     assert group.ranks[0].missing(handle) == []
+
+
+class Watched:
+    """Stands for `Peers`: what a mask needs of it."""
+
+    def __init__(self, group: VirtualGroup) -> None:
+        self.lost: dict[int, str] = {}
+        self._group = group
+
+    def leave_out(self, ranks: int) -> None:
+        self._group.alive.fill_(((1 << len(self._group.ranks)) - 1) & ~ranks)
+
+
+def test_a_masked_rank_is_left_out_until_it_is_taken_back() -> None:
+    group = group_of(3, timeout_s=1000.0, experts=9)
+    steps = Steps(group)
+    steps.step([3, 3, 3])
+    peers = Watched(group)
+    masks = [Mask(rank, peers) for rank in group.ranks]  # type: ignore[arg-type]
+    inputs = make_inputs(group.config, 1, 0, [3, 2, 3])
+    waiting = [send(group, inputs, rank) for rank in (0, 1)]  # when rank 2 turns out to hang
+    for mask in masks[:2]:
+        mask.add([2])
+    y = expert_outputs(group, 0)
+    for phase in (lambda r, h: r.dispatch_recv(h), lambda r, h: r.combine_send(y[r.rank], h)):
+        for rank, handle in zip(group.ranks, waiting, strict=False):
+            phase(rank, handle)
+    for rank, handle in zip(group.ranks, waiting, strict=False):
+        rank.combine_recv(handle)
+        assert rank.missing(handle) == [2]
+        assert masks[rank.rank].to_words().tolist() == [0, 0, 1]
+        with pytest.raises(RankLost):
+            rank.check()
+    for number in range(2, 5):  # two ranks go on, and nothing is amiss
+        inputs = make_inputs(group.config, number, 0, [1, 3, 0])
+        handles = [send(group, inputs, rank) for rank in (0, 1)]
+        outs = steps.poisoned(None)
+        got = [group.ranks[r].dispatch_recv(handles[r], out=outs[r]) for r in (0, 1)]
+        check_dispatch(group, inputs, [*got, None], None, [0, 1])
+        for r in (0, 1):
+            group.ranks[r].combine_send(y[r], handles[r])
+        out = [group.ranks[r].combine_recv(handles[r]) for r in (0, 1)]
+        # A third of the experts is gone with rank 2, whose weights count for nothing.
+        left = [type(i)(i.x, i.topk_ids.masked_fill(i.topk_ids // 3 == 2, -1), i.topk_weights) for i in inputs]
+        check_combine(group, left, y, [*out, None], [0, 1])
+        for r in (0, 1):
+            group.ranks[r].check()
+    # Rank 2 made no step meanwhile; it is taken back where all ranks are at the same step.
+    group.ranks[2]._channels[0].live[group.layout.LIVE_STEP] = group.ranks[0]._channels[0].live[0]
+    for mask in masks:
+        mask.set(0)
+    assert masks[0].to_words().tolist() == [0, 0, 0]
+    assert group.alive.tolist() == [0b111]
+    fresh = Steps(group, seed=9)
+    fresh.step([3, 2, 3])
+    fresh.step([1, 2, 3])
+    peers.lost[1] = "died"
+    assert masks[0].news()
+    masks[0].set(0)  # who died stays out
+    assert masks[0].to_words().tolist() == [0, 1, 0] and not masks[0].news()

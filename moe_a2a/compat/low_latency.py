@@ -28,6 +28,11 @@ LowLatencyHandle = tuple[torch.Tensor, torch.Tensor, int, int, int]
 Hook = Callable[[], None]
 
 
+def capturing(device: torch.device) -> bool:
+    """Is a CUDA graph being captured on the current stream?"""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def check(name: str, value: object, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """A contiguous tensor of exactly this kind. Raises InputError."""
     if not isinstance(value, torch.Tensor):
@@ -42,17 +47,25 @@ def check(name: str, value: object, shape: tuple[int, ...], dtype: torch.dtype, 
 
 @dataclass(eq=False)
 class Step:
-    """A step that has not ended. src_info: the tensor that stands first in its handle tuple, by which it is found."""
+    """A step that has not ended. src_info: the tensor that stands first in its handle tuple, by which it is found.
+    captured: it was dispatched in a graph capture. finish: the receiving half of its combine, once that is sent."""
 
     steps: Steps
     number: int
     handle: Handle
     tokens: int
     src_info: torch.Tensor
+    captured: bool
     finish: Hook | None = None
 
     def end(self) -> None:
-        """End it for a program that has left it behind."""
+        """End it for a program that has left it behind. Raises HandleError if that is on the other side of a graph
+        capture: a replay would end a step of its own."""
+        if self.captured != capturing(self.steps.a2a.device):
+            raise HandleError(
+                f"the buffers of this dispatch still belong to one that was made {'in' if self.captured else 'before'} "
+                "a graph capture and not combined there: combine it on that side of the capture"
+            )
         if self.finish is not None:
             self.finish()
         else:
@@ -127,7 +140,7 @@ class LowLatency:
             # New views: callers empty what they have used with set_(), and the storage is used again.
             src_info, ranges, counts = _again(got.source), _again(got.ranges), _again(got.counts)
             rows = _again(got.x) if got.scales is None else (_again(got.x), _again(got.scales))
-            steps.open.append(Step(steps, steps.count, sent, x.shape[0], src_info))
+            steps.open.append(Step(steps, steps.count, sent, x.shape[0], src_info, capturing(a2a.device)))
 
             def receive() -> None:
                 if wait_stats is not None:
@@ -177,12 +190,12 @@ class LowLatency:
             result = check("out", out, (step.tokens, hidden), torch.bfloat16, device)
 
         def finish() -> None:
-            if wait_stats is not None:
-                a2a.add_wait_times(step.handle, wait_stats)
             a2a.combine_recv(step.handle, out=result)
             steps.open.remove(step)
 
         with self.comm.launching(async_finish):
+            if wait_stats is not None:
+                a2a.add_wait_times(step.handle, wait_stats)
             a2a.combine_send(rows, step.handle, topk_weights)
             step.finish = finish
             if not return_recv_hook:
@@ -239,8 +252,7 @@ class LowLatency:
         return found if found is not None else self._build(*key)
 
     def _build(self, max_tokens: int, hidden: int, experts: int, top_k: int) -> Steps:
-        on_gpu = self._device.type == "cuda"
-        if on_gpu and torch.cuda.is_current_stream_capturing():
+        if capturing(self._device):
             raise HandleError(
                 f"num_max_dispatch_tokens_per_rank={max_tokens}, hidden={hidden}, num_experts={experts}, "
                 f"num_topk={top_k}: the first dispatch of these sizes builds its buffers with all ranks, and cannot be "

@@ -106,6 +106,7 @@ class GpuBackend:
         self._health.check()
         _check_layout(layout)
         with self._current():
+            self._watch(handle, Places.DISPATCH)
             return self.rank.dispatch_recv(handle, out=out)
 
     # combine
@@ -121,11 +122,13 @@ class GpuBackend:
         with self._current():
             if topk_weights is not None:
                 self.rank.weights_push(handle, topk_weights)
+                self._watch(handle, Places.WEIGHTS)
             self.rank.combine_send(y, handle)
 
     def combine_recv(self, handle: Handle, out: torch.Tensor | None) -> torch.Tensor:
         self._health.check()
         with self._current():
+            self._watch(handle, Places.COMBINE)
             result = self.rank.combine_recv(handle, out=out)
             self._ended(handle)
         return result if out is None else out
@@ -134,8 +137,14 @@ class GpuBackend:
         from moe_a2a.gpu.wait_times import add_wait_times
 
         self._own(handle)
-        with self._current():
-            add_wait_times(self.rank, handle, into)
+        add_wait_times(self.rank, handle, into)
+
+    def _watch(self, handle: Handle, phase: int) -> None:
+        """Measure the wait of the launch that follows, if somebody asked for it."""
+        if isinstance(handle, GpuHandle) and handle.wait_times is not None:
+            from moe_a2a.gpu.wait_times import watch
+
+            watch(self.rank, handle, phase)
 
     def discard(self, handle: Handle) -> None:
         from moe_a2a.gpu.discard import discard

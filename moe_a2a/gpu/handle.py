@@ -37,6 +37,7 @@ class GpuHandle(Handle):
         self._owner, self._fp8 = owner, fp8
         self._channel, self.call, self.slot, self.tokens = channel, call, slot, tokens
         self.bits, self.has_weights, self.pushed, self.phase = bits, has_weights, False, Phase.SENT
+        self.wait_times: torch.Tensor | None = None
 
     @property
     def channel(self) -> str:
