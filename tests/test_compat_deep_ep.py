@@ -186,7 +186,7 @@ def test_a_program_for_deep_ep_runs_by_changing_its_import() -> None:
 
 def _options_reach_the_core(ctx: Ctx) -> None:
     program = Program(ctx, options=Options(timeout_s=7.5, host=f"host-{ctx.rank}"))
-    program.dispatch(program.inputs(0, [1, 1]))
+    program.step(0, [4, 5], "fp8", "hook")
     (steps,) = program.buffer._low_latency._all.values()
     assert steps.a2a.options.timeout_s == 7.5 and steps.a2a.hosts == ((0,), (1,))
     program.buffer.destroy()

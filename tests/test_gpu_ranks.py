@@ -127,3 +127,14 @@ def test_what_this_rank_misses_reaches_the_others_and_ends_its_own_waits(trio: T
     trio.peers.report([1])
     assert trio.alive[0] == 0b101
     assert trio.memory.fault(0) == 1
+
+
+def test_ranks_are_left_out_and_taken_back_but_not_the_lost(trio: Trio) -> None:
+    trio.peers.leave_out(0b010)
+    assert trio.alive[0] == 0b101
+    assert trio.peers.lost == {}
+    trio.peers.check()
+    trio.others[2].close()
+    until(lambda: trio.alive[0] == 0b001)
+    trio.peers.leave_out(0)
+    assert trio.alive[0] == 0b011

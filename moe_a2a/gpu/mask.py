@@ -26,7 +26,7 @@ class Mask:
 
     def set(self, ranks: int) -> None:
         """Leave out exactly these, bits of a mask, and the ranks that are gone for good. Stream-ordered."""
-        self.ranks = ranks | sum(1 << rank for rank in self._peers.lost)
+        self.ranks = ranks | sum(1 << rank for rank in list(self._peers.lost))
         layout = self._rank.layout
         self._rank.control[layout.MASK].fill_(self._everyone & ~self.ranks)
         self._rank.report[layout.LOST].bitwise_and_(self.ranks)
@@ -34,13 +34,13 @@ class Mask:
 
     def add(self, ranks: Iterable[int]) -> None:
         """Leave out these ranks too."""
-        more = self.ranks | sum(1 << rank for rank in ranks)
+        more = self.ranks | sum(1 << rank for rank in list(ranks))
         if more != self.ranks:
             self.set(more)
 
     def news(self) -> bool:
         """Is a rank gone that is not left out yet?"""
-        return any(not self.ranks >> rank & 1 for rank in self._peers.lost)
+        return any(not self.ranks >> rank & 1 for rank in list(self._peers.lost))
 
     def to_words(self) -> torch.Tensor:
         """int32 [R] on the device: 1 for each rank that is left out, or was missing from a step. Does not wait."""
