@@ -60,8 +60,11 @@ class VirtualGroup:
             processors = torch.cuda.get_device_properties(self.device).multi_processor_count
         from moe_a2a.gpu.masked import MaskedRank  # needs Triton, in the mode that _device has chosen
 
-        #: int64 [1], a bit for each rank that lives; waits for a rank without its bit end at once.
-        self.alive = torch.full((1,), (1 << ranks) - 1, dtype=torch.int64, pin_memory=on_gpu)
+        words = torch.zeros(Layout.HOST_WORDS, dtype=torch.int64, pin_memory=on_gpu)
+        #: int64 [1], a bit for each rank that lives; a wait ends at once if only ranks without their bit are missing.
+        self.alive = words[Layout.ALIVE : Layout.ALIVE + 1].fill_((1 << ranks) - 1)
+        #: int64 [1], the ranks that kernels of any rank have last found missing.
+        self.told = words[Layout.TOLD : Layout.TOLD + 1]
         addresses = [[row.data_ptr() for row in region] for region in self._regions]
         self.ranks: list[MaskedRank] = [
             MaskedRank(
@@ -70,7 +73,7 @@ class VirtualGroup:
                 rank,
                 [region[rank] for region in self._regions],
                 addresses,
-                self.alive,
+                words,
                 processors,
                 timeout_s,
             )
@@ -144,10 +147,12 @@ class VirtualGroup:
 
     def discard(self, handles: Sequence[Handle]) -> None:
         """`AllToAll.discard` of every rank: end a step without a combine. Raises HandleError."""
+        from moe_a2a.gpu.discard import discard_recv, discard_send
+
         for rank, handle in zip(self.ranks, handles, strict=True):
-            rank.discard_send(handle)
+            discard_send(rank, handle)
         for rank, handle in zip(self.ranks, handles, strict=True):
-            rank.combine_recv(handle)
+            discard_recv(rank, handle)
 
     def check(self) -> None:
         """Raise what the kernels of any rank have reported: InputError, RankLost. Waits for the device."""

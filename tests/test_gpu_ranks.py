@@ -75,7 +75,7 @@ class Trio:
         for rank, other in self.others.items():
             self.memory.map_peer(rank, other.fd)
         self.watch = Watch(self.memory, (0, 1, 2), 0)
-        self.alive = np.array([0b111], dtype=np.int64)
+        self.alive = np.array([0b111, 0], dtype=np.int64)
         self.peers = Peers(self.memory, self.watch, 0, self.alive)
 
     def close(self) -> None:

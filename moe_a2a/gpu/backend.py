@@ -20,7 +20,7 @@ from moe_a2a.gpu import inputs
 from moe_a2a.gpu.handle import GpuHandle
 from moe_a2a.gpu.layout import Layout as Places
 from moe_a2a.gpu.rendezvous import find_device, meet
-from moe_a2a.gpu.report import NO_BAD_INPUT
+from moe_a2a.gpu.report import NO_BAD_INPUT, NOTHING
 from moe_a2a.step import Phase
 from moe_a2a.types import Handle, Layout, Masked
 
@@ -57,7 +57,7 @@ class GpuBackend:
                 torch.cuda.get_device_properties(self.device).multi_processor_count,
                 options.timeout_s,
             )
-            self._seen = torch.tensor([NO_BAD_INPUT, 0], dtype=torch.int64).pin_memory()
+            self._seen = torch.tensor(NOTHING, dtype=torch.int64).pin_memory()
             torch.cuda.synchronize()
         self._news = self._seen.numpy()
         self._since, self._copied = 0, time.monotonic()
@@ -121,14 +121,21 @@ class GpuBackend:
         return result if out is None else out
 
     def discard(self, handle: Handle) -> None:
-        from moe_a2a.gpu.discard import discard
+        from moe_a2a.gpu.discard import discard_recv, discard_send
 
         self._health.check()
         with self._current():
-            discard(self.rank, handle)
+            discard_send(self.rank, handle)
+            discard_recv(self.rank, handle)
             self._ended(handle)
 
     # what went wrong
+
+    def missing(self, handle: Handle) -> list[int]:
+        self._health.check_open()
+        torch.cuda.synchronize(self.device)
+        with self._current():
+            return self.rank.missing(handle)
 
     def check(self) -> None:
         self._health.check()
@@ -138,7 +145,7 @@ class GpuBackend:
 
     def _look(self) -> None:
         """Raise what is known without asking the device."""
-        if self._peers.lost or self._news[0] != NO_BAD_INPUT or self._news[1]:
+        if self._peers.lost or self._news[0] != NO_BAD_INPUT or self._news[1] or self._news[2]:
             if torch.cuda.is_current_stream_capturing():
                 return  # the device cannot be asked; the call after the capture raises it
             self._raise_reports()
@@ -150,10 +157,13 @@ class GpuBackend:
 
     def _raise_reports(self) -> None:
         """Raise what kernels of this device have found. Waits for the current stream."""
-        self._news[:] = NO_BAD_INPUT, 0
+        self._news[:] = NOTHING
         try:
             with self._current():
                 self.rank.check()
+        except HandleError as error:
+            self._health.broken = error
+            raise
         except RankLost as error:
             # A death ends waits for others too, who may have been waiting for the same rank: blame the origin.
             origin = [rank for rank in error.ranks if rank in self._peers.lost]
