@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -111,22 +112,24 @@ class VirtualGroup:
         channel: str | None = None,
     ) -> Sequence[Handle]:
         """The sending halves. Raises InputError, HandleError."""
-        return [
-            rank.dispatch_send(rows, ids, weights, scales=row_scales, fp8=fp8, channel=channel)
-            for rank, rows, ids, weights, row_scales in zip(
-                self.ranks,
-                self._all("x", x),
-                self._all("topk_ids", topk_ids),
-                self._each("topk_weights", topk_weights),
-                self._each("scales", scales),
-                strict=True,
-            )
-        ]
+        with self._current():
+            return [
+                rank.dispatch_send(rows, ids, weights, scales=row_scales, fp8=fp8, channel=channel)
+                for rank, rows, ids, weights, row_scales in zip(
+                    self.ranks,
+                    self._all("x", x),
+                    self._all("topk_ids", topk_ids),
+                    self._each("topk_weights", topk_weights),
+                    self._each("scales", scales),
+                    strict=True,
+                )
+            ]
 
     def dispatch_recv(self, handles: Sequence[Handle], *, out: Sequence[torch.Tensor] | None = None) -> list[Masked]:
         """The receiving halves. Raises InputError, HandleError."""
         outs = self._each("out", out)
-        return [r.dispatch_recv(h, out=o) for r, h, o in zip(self.ranks, handles, outs, strict=True)]
+        with self._current():
+            return [r.dispatch_recv(h, out=o) for r, h, o in zip(self.ranks, handles, outs, strict=True)]
 
     def combine(
         self,
@@ -137,27 +140,32 @@ class VirtualGroup:
         out: Sequence[torch.Tensor] | None = None,
     ) -> list[torch.Tensor]:
         """`AllToAll.combine` of every rank. Raises InputError, HandleError."""
-        if topk_weights is not None:
-            for rank, handle, weights in zip(self.ranks, handles, topk_weights, strict=True):
-                rank.weights_push(handle, weights)
-        for rank, handle, rows in zip(self.ranks, handles, self._all("y", y), strict=True):
-            rank.combine_send(rows, handle)
         outs = self._each("out", out)
-        return [r.combine_recv(h, out=o) for r, h, o in zip(self.ranks, handles, outs, strict=True)]
+        with self._current():
+            if topk_weights is not None:
+                for rank, handle, weights in zip(self.ranks, handles, topk_weights, strict=True):
+                    rank.weights_push(handle, weights)
+            for rank, handle, rows in zip(self.ranks, handles, self._all("y", y), strict=True):
+                rank.combine_send(rows, handle)
+            return [r.combine_recv(h, out=o) for r, h, o in zip(self.ranks, handles, outs, strict=True)]
 
     def discard(self, handles: Sequence[Handle]) -> None:
         """`AllToAll.discard` of every rank: end a step without a combine. Raises HandleError."""
         from moe_a2a.gpu.discard import discard_recv, discard_send
 
-        for rank, handle in zip(self.ranks, handles, strict=True):
-            discard_send(rank, handle)
-        for rank, handle in zip(self.ranks, handles, strict=True):
-            discard_recv(rank, handle)
+        with self._current():
+            for rank, handle in zip(self.ranks, handles, strict=True):
+                discard_send(rank, handle)
+            for rank, handle in zip(self.ranks, handles, strict=True):
+                discard_recv(rank, handle)
 
     def check(self) -> None:
         """Raise what the kernels of any rank have reported: InputError, RankLost. Waits for the device."""
         for rank in self.ranks:
             rank.check()
+
+    def _current(self) -> AbstractContextManager[object]:
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def _all(self, name: str, values: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         if len(values) != len(self.ranks):
