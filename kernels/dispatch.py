@@ -31,16 +31,16 @@ _RECEIVERS_A_SM = 4
 def _dispatch(
     rows, ids, weights, given, x, scales, counts, source, region, peers, control, alive, live, handle, hits, places,
     report, tokens, rank, senders,
-    MODE: tl.constexpr, WEIGHTS: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr, COUNTERS: tl.constexpr,
-    COUNTED: tl.constexpr, SCAN: tl.constexpr, CHUNK_WORDS: tl.constexpr, CHUNK_GROUPS: tl.constexpr,
-    SCALES: tl.constexpr, OUT_WORDS: tl.constexpr, BLOCK: tl.constexpr, EXPERTS: tl.constexpr, L: tl.constexpr,
-    LANES: tl.constexpr,
+    MODE: tl.constexpr, WEIGHTS: tl.constexpr, LARGEST: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr,
+    COUNTERS: tl.constexpr, COUNTED: tl.constexpr, SCAN: tl.constexpr, CHUNK_WORDS: tl.constexpr,
+    CHUNK_GROUPS: tl.constexpr, SCALES: tl.constexpr, OUT_WORDS: tl.constexpr, BLOCK: tl.constexpr,
+    EXPERTS: tl.constexpr, L: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     if pid < senders:
         send_tokens(
             pid, senders, rows, ids, weights, given, peers, control, live, handle, hits, report, tokens, rank,
-            MODE, WEIGHTS, BITS, WORDS, COUNTERS, COUNTED, SCAN, CHUNK_WORDS, CHUNK_GROUPS, L,
+            MODE, WEIGHTS, LARGEST, BITS, WORDS, COUNTERS, COUNTED, SCAN, CHUNK_WORDS, CHUNK_GROUPS, L,
         )  # fmt: skip
     else:
         until_sent(handle, L, LANES)
@@ -63,6 +63,7 @@ def dispatch(
     counts: torch.Tensor,
     source: torch.Tensor,
     *,
+    largest_weight: float,
     region: torch.Tensor,
     peers: torch.Tensor,
     control: torch.Tensor,
@@ -74,11 +75,11 @@ def dispatch(
     report: torch.Tensor,
     processors: int,
 ) -> None:
-    """Launch. rows, ids, weights, given (scales): `dispatch_send`'s x, ids, weights, scales; x, scales, counts, source:
-    `dispatch_recv`'s. The others: `Layout`."""
+    """Launch. rows, ids, weights, given (scales): `dispatch_send`'s x, ids, weights, scales; largest_weight: its too;
+    x, scales, counts, source: `dispatch_recv`'s. The others: `Layout`."""
     form = None if scales is None else scales.dtype
     launch, counters, receivers = _prepare(
-        layout, mode, weights is not None, rows.dtype, ids.dtype, x.dtype, form, processors
+        layout, mode, weights is not None, largest_weight, rows.dtype, ids.dtype, x.dtype, form, processors
     )
     tokens = rows.shape[0]
     first = senders(tokens, counters)
@@ -114,6 +115,7 @@ def _prepare(
     layout: Layout,
     mode: int,
     weights: bool,
+    largest_weight: float,
     rows: torch.dtype,
     ids: torch.dtype,
     x: torch.dtype,
@@ -121,8 +123,8 @@ def _prepare(
     processors: int,
 ) -> tuple[Launch, int, int]:
     """The launch, how many of the sending programs count, and programs that receive."""
-    sent = send_constants(layout, mode, weights, rows)
+    sent, counters = send_constants(layout, mode, weights, largest_weight, rows)
     received, items = recv_constants(layout, x, scales)
     views = dict.fromkeys([*send_views(mode), 4, 5], torch.int32)
     launch = Launch(_dispatch, (*sent, *received, layout, 32 * _WARPS), views, num_warps=_WARPS)
-    return launch, sent[4], min(items, processors * _RECEIVERS_A_SM)
+    return launch, counters, min(items, processors * _RECEIVERS_A_SM)

@@ -8,7 +8,7 @@ touched.
 Memory-ordering contract
     Waits for the DISPATCH flag of every source in the handle's view (acquire), then reads this rank's own region only.
     Writes the outputs, `places` (where the rows of each (source, token) went, for combine) and the handle's RECEIVED,
-    LONGEST and MISSING with plain stores: the next launch of the stream sees them.
+    EXPECTED, LONGEST and MISSING with plain stores: the next launch of the stream sees them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import triton.language as tl
 from moe_a2a.gpu.layout import Layout, power_of_two_at_least
 from moe_a2a.kernels.formats import FP32_SCALES, NO_SCALES, PACKED_SCALES
 from moe_a2a.kernels.launch import Launch
-from moe_a2a.kernels.signals import aligned, has_bit, lane_bits, wait
+from moe_a2a.kernels.signals import aligned, has_bit, lane_bits, record_missing, wait
 
 _WARPS = 2
 _BLOCK_WORDS = 512  # 4-byte words of a row that one work item copies: 2 KiB
@@ -126,10 +126,10 @@ def receive_tokens(
             total += tl.load(from_source + s * L.E_L + e, mask=(e < L.E_L) & has_bit(good, s), other=0)
         tl.store(counts + e, total, mask=e < L.E_L)
         tl.store(handle + L.RECEIVED, good)
+        tl.store(handle + L.EXPECTED, good)
         tl.store(handle + L.LONGEST, longest.to(tl.int64))
         if good != want:
-            tl.atomic_or(handle + L.MISSING, want & ~good)
-            tl.atomic_or(report + L.LOST, want & ~good)
+            record_missing(want & ~good, handle, control, alive, report, L)
 
 
 @triton.jit(do_not_specialize=["rank"])

@@ -208,15 +208,27 @@ class AllToAll:
         """End a step without a combine. Collective: every rank discards the step. Raises HandleError, RankLost."""
         self._backend.discard(handle)
 
-    # life
+    # what went wrong
+
+    def missing(self, handle: Handle) -> list[int]:
+        """The ranks that are missing from a step, so that its result lacks their part; [] for a good step so far.
+
+        Raises nothing for them, and also answers after a RankLost. GPU ranks: waits for all work queued on the device;
+        a handle can be asked until the channel's next dispatch but one, that of a graph about its last replay. CPU
+        ranks: a rank that is lost breaks all steps that are open. Raises HandleError.
+        """
+        return self._backend.missing(handle)
 
     def check(self) -> None:
-        """Raise what has gone wrong and was not raised yet: RankLost, or InputError for a wrong id of an earlier step.
+        """Raise what has gone wrong and was not raised yet: RankLost, InputError for a wrong id, scale or weight of an
+        earlier step, HandleError for steps that overlapped (a replayed graph's with one that was open).
 
         GPU ranks: waits for all work queued on the device, also of replayed graphs; no other call does. CPU ranks:
         every call has raised what there was to raise.
         """
         self._backend.check()
+
+    # life
 
     def close(self) -> None:
         """Release memory, threads and descriptors. Not collective; results must not be used afterwards. May be called

@@ -61,6 +61,8 @@ class Backend(Protocol):
 
     def discard(self, handle: Handle) -> None: ...
 
+    def missing(self, handle: Handle) -> list[int]: ...
+
     def check(self) -> None: ...
 
     def close(self) -> None:
@@ -74,10 +76,14 @@ class Health:
         self.closed = False
         self.broken: BaseException | None = None
 
-    def check(self) -> None:
+    def check_open(self) -> None:
         """Raises HandleError."""
         if self.closed:
             raise HandleError("this AllToAll is closed; build a new one")
+
+    def check(self) -> None:
+        """Raises HandleError."""
+        self.check_open()
         if self.broken is not None:
             raise HandleError(
                 f"this AllToAll failed and cannot be used further ({self.broken}); close it and build a new group"

@@ -190,10 +190,18 @@ class CpuBackend:
         self._each(lambda transport: transport.recv_combine(step, True))
         self._finish(step)
 
-    # life
+    # what went wrong
+
+    def missing(self, handle: Handle) -> list[int]:
+        self._health.check_open()
+        step = self._own(handle)
+        lost = self._health.broken
+        return sorted(lost.ranks) if isinstance(lost, RankLost) and step.phase is not Phase.DONE else []
 
     def check(self) -> None:
         self._health.check()
+
+    # life
 
     def close(self) -> None:
         if not self._health.closed:
@@ -201,6 +209,13 @@ class CpuBackend:
             self._unpacker.close()
 
     # helpers
+
+    def _own(self, handle: Handle) -> Step:
+        if not isinstance(handle, Handle):
+            raise HandleError(f"handle is a {type(handle).__name__}; give the handle of a dispatch")
+        if handle._owner is not self:
+            raise HandleError("this handle belongs to another AllToAll; use it with the object that made it")
+        return handle._step
 
     def _channel(self, name: str | None) -> int:
         if name is None:
@@ -211,11 +226,7 @@ class CpuBackend:
 
     def _step(self, handle: Handle, *allowed: Phase) -> Step:
         self._health.check()
-        if not isinstance(handle, Handle):
-            raise HandleError(f"handle is a {type(handle).__name__}; give the handle of a dispatch")
-        if handle._owner is not self:
-            raise HandleError("this handle belongs to another AllToAll; use it with the object that made it")
-        step = handle._step
+        step = self._own(handle)
         if step.phase not in allowed:
             needed = " or ".join(phase.value for phase in allowed)
             raise HandleError(f"{step} is {step.phase.value}; this call needs a step that is {needed}")

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 
 from moe_a2a import AllToAll, Config, ConfigError, Options, RankLost
 from moe_a2a.bench.command import bench
+from moe_a2a.gpu.layout import Layout
 from moe_a2a.gpu.peers import Peers
 from moe_a2a.transport.memory import HostMemory
 from moe_a2a.transport.wait import Watch
@@ -75,7 +76,7 @@ class Trio:
         for rank, other in self.others.items():
             self.memory.map_peer(rank, other.fd)
         self.watch = Watch(self.memory, (0, 1, 2), 0)
-        self.alive = np.array([0b111], dtype=np.int64)
+        self.alive = np.array([0b111, 0], dtype=np.int64)
         self.peers = Peers(self.memory, self.watch, 0, self.alive)
 
     def close(self) -> None:
@@ -127,3 +128,12 @@ def test_what_this_rank_misses_reaches_the_others_and_ends_its_own_waits(trio: T
     trio.peers.report([1])
     assert trio.alive[0] == 0b101
     assert trio.memory.fault(0) == 1
+
+
+def test_the_host_hears_from_kernels_whom_they_miss_without_being_asked(trio: Trio) -> None:
+    trio.alive[Layout.TOLD] = 0b010
+    until(lambda: trio.alive[0] == 0b101)
+    until(lambda: trio.memory.fault(0) == 1)
+    with pytest.raises(RankLost, match="rank 1 was missing from a step") as caught:
+        trio.peers.check()
+    assert caught.value.ranks == (1,)

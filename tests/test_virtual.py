@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Sequence
-from typing import Any
 
 # Before anything imports Triton, which decides then how it runs kernels.
 if "triton" not in sys.modules:
@@ -15,25 +13,26 @@ if "triton" not in sys.modules:
 import pytest
 import torch
 import triton
-from virtual_steps import Steps, bits, check_combine, check_dispatch, check_rows, expert_outputs, make_inputs
+from virtual_steps import (
+    Steps,
+    bits,
+    check_combine,
+    check_dispatch,
+    check_rows,
+    expert_outputs,
+    group_of,
+    make_inputs,
+    send,
+    without,
+)
 
 from moe_a2a import Config, ConfigError, HandleError, InputError, RankLost
 from moe_a2a.fp8 import ScaleFormat, pack_ue8m0, quantize
-from moe_a2a.gpu.handle import GpuHandle
 from moe_a2a.virtual import VirtualGroup
-from moe_a2a.workload import Inputs
 
 pytestmark = pytest.mark.skipif(
     not triton.knobs.runtime.interpret, reason="Triton was imported to compile in this process; run without tests/gpu"
 )
-
-
-def group_of(
-    ranks: int, *, hidden: int = 128, top_k: int = 2, tokens: int = 3, experts: int = 8, **options: Any
-) -> VirtualGroup:
-    channels = options.pop("channels", ("default",))
-    dtype = options.pop("dtype", torch.bfloat16)
-    return VirtualGroup(Config(experts, hidden, top_k, tokens, dtype, channels), ranks, "cpu", **options)
 
 
 @pytest.mark.parametrize("ranks, fp8", [(2, None), (2, "fp32"), (4, None), (4, "ue8m0"), (8, "fp32")])
@@ -211,18 +210,6 @@ def test_a_group_that_cannot_be_is_refused() -> None:
 # -------------------------------------------------------------------------------------------------------------- faults
 
 
-def without(inputs: list[Inputs], rank: int) -> list[Inputs]:
-    """The inputs as a rank sees them that did not hear from `rank`."""
-    gone = inputs[rank]
-    empty = type(gone)(gone.x[:0], gone.topk_ids[:0], gone.topk_weights[:0])
-    return [*inputs[:rank], empty, *inputs[rank + 1 :]]
-
-
-def send(group: VirtualGroup, inputs: Sequence[Inputs], rank: int) -> GpuHandle:
-    i = inputs[rank]
-    return group.ranks[rank].dispatch_send(i.x, i.topk_ids, i.topk_weights)
-
-
 def test_a_rank_that_does_not_come_is_left_out_and_named() -> None:
     group = group_of(4, timeout_s=0.05)
     inputs = make_inputs(group.config, 0, 0, [3, 3, 2, 3])
@@ -263,9 +250,10 @@ def test_a_rank_that_came_too_late_for_one_peer_is_told_so() -> None:
         group.ranks[r].combine_send(y[r], handles[r])
     out = [group.ranks[r].combine_recv(handles[r]) for r in range(3)]
     assert [group.ranks[r].missing(handles[r]) for r in range(3)] == [[2], [], [0]]
-    check_combine(group, inputs, y, out, [0, 1])
-    kept = [type(i)(i.x, i.topk_ids.masked_fill(i.topk_ids == 0, -1), i.topk_weights) for i in inputs]
-    check_combine(group, kept, y, out, [2])
+    check_combine(group, inputs, y, out, [1])
+    for rank, other in ((0, 2), (2, 0)):  # neither has anything from the other: there is one expert on a rank
+        kept = [type(i)(i.x, i.topk_ids.masked_fill(i.topk_ids == other, -1), i.topk_weights) for i in inputs]
+        check_combine(group, kept, y, out, [rank])
 
 
 def test_a_membership_change_ends_a_wait_at_once() -> None:

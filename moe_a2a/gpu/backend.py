@@ -20,7 +20,7 @@ from moe_a2a.gpu import inputs
 from moe_a2a.gpu.handle import GpuHandle
 from moe_a2a.gpu.layout import Layout as Places
 from moe_a2a.gpu.rendezvous import find_device, meet
-from moe_a2a.gpu.report import NO_BAD_INPUT
+from moe_a2a.gpu.report import NO_BAD_INPUT, NOTHING
 from moe_a2a.step import Phase
 from moe_a2a.types import Handle, Layout, Masked
 
@@ -134,14 +134,21 @@ class GpuBackend:
         return result if out is None else out
 
     def discard(self, handle: Handle) -> None:
-        from moe_a2a.gpu.discard import discard
+        from moe_a2a.gpu.discard import discard_recv, discard_send
 
         self._health.check()
         with self._current():
-            discard(self.rank, handle)
+            discard_send(self.rank, handle)
+            discard_recv(self.rank, handle)
             self._ended(handle)
 
     # what went wrong
+
+    def missing(self, handle: Handle) -> list[int]:
+        self._health.check_open()
+        torch.cuda.synchronize(self.device)
+        with self._current():
+            return self.rank.missing(handle)
 
     def check(self) -> None:
         self._health.check()
@@ -152,7 +159,7 @@ class GpuBackend:
     def _ready(self) -> None:
         """Before a step begins: raise what is known to have gone wrong, without asking the device on the good path."""
         self._health.check()
-        if self._peers.lost or self._news[0] != NO_BAD_INPUT or self._news[1]:
+        if self._peers.lost or self._news[0] != NO_BAD_INPUT or self._news[1] or self._news[2]:
             self._look()
 
     def _look(self) -> None:
@@ -168,10 +175,13 @@ class GpuBackend:
 
     def _raise_reports(self) -> None:
         """Raise what kernels of this device have found. Waits for the current stream."""
-        self._news[0], self._news[1] = NO_BAD_INPUT, 0
+        self._news[0], self._news[1], self._news[2] = NOTHING
         try:
             with self._current():
                 self.rank.check()
+        except HandleError as error:
+            self._health.broken = error
+            raise
         except RankLost as error:
             # A death ends waits for others too, who may have been waiting for the same rank: blame the origin.
             origin = [rank for rank in error.ranks if rank in self._peers.lost]

@@ -11,9 +11,9 @@ from moe_a2a.config import Config
 from moe_a2a.errors import HandleError, InputError, RankLost
 from moe_a2a.fp8 import FP8, ScaleFormat, scale_columns
 from moe_a2a.gpu import inputs
-from moe_a2a.gpu.handle import Channel, GpuHandle, Output, Slot
+from moe_a2a.gpu.handle import Channel, GpuHandle, Output, Slot, Turns
 from moe_a2a.gpu.layout import SLOTS, Layout
-from moe_a2a.gpu.report import NO_BAD_INPUT, describe_bad_input, ranks_of
+from moe_a2a.gpu.report import NO_BAD_INPUT, NOTHING, describe_bad_input, describe_misuse, ranks_of
 from moe_a2a.kernels.combine import combine
 from moe_a2a.kernels.combine_recv import combine_recv
 from moe_a2a.kernels.combine_send import combine_send
@@ -34,8 +34,10 @@ class MaskedRank:
     """One rank's masked dispatch and combine. `regions[channel]`: uint8 [region_bytes], zeros before any rank's first
     step; `addresses[channel]`: where this rank's device finds every rank's region.
 
-    alive: int64 [1] that the device reads while it waits and the host may write: a bit for each rank that lives.
-    processors: SMs of the device (any number in the interpreter). timeout_s: budget of every wait.
+    alive: int64 [HOST_WORDS] in host memory that the device maps (see `Layout`). processors: SMs of the device (any
+    number in the interpreter). timeout_s: budget of every wait.
+
+    Calls are made while the rank's device is the current one.
     """
 
     def __init__(
@@ -52,26 +54,26 @@ class MaskedRank:
         self.config, self.layout, self.rank = config, layout, rank
         self.device = regions[0].device
         self._alive, self._processors = alive, processors
+        self._shape = (layout.E_L, layout.CAP, layout.H)  # of a result's rows
         words = [0] * layout.CONTROL_WORDS
         words[layout.EPOCH], words[layout.INCARNATION] = 1, 1
         words[layout.MASK], words[layout.NEXT_STEP] = (1 << layout.R) - 1, _NEVER
         words[layout.BUDGET_NS] = int(timeout_s * 1e9)
         self.control = self._words(words)
-        self.report = self._words([NO_BAD_INPUT, 0])
+        self.report = self._words(list(NOTHING))
+        self._largest_weight = torch.finfo(config.dtype).max
         self._channels = [
             Channel(
-                region, self._words(list(peers)), self._words([0] * layout.LIVE_WORDS), [self._slot(), self._slot()]
+                region,
+                self._words(list(peers)),
+                self._words([0] * layout.LIVE_WORDS),
+                [Slot.empty(layout, self.device) for _ in range(SLOTS)],
             )
             for region, peers in zip(regions, addresses, strict=True)
         ]
 
     def _words(self, values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.device)
-
-    def _slot(self) -> Slot:
-        hits = torch.zeros(self.layout.M, dtype=torch.int64, device=self.device)
-        places = torch.full((self.layout.CAP, self.layout.K), -1, dtype=torch.int32, device=self.device)
-        return Slot(self._words([0] * self.layout.HANDLE_WORDS), hits, places)
 
     # dispatch
 
@@ -87,12 +89,15 @@ class MaskedRank:
     ) -> GpuHandle:
         """Launch the sending half of a step. Arguments as `AllToAll.dispatch_send`, on this rank's device; they must
         stay unchanged until the launch has run. Wrong ids are reported by `check`. Raises InputError, HandleError."""
-        brought, mode, handle, state = self._begin(x, topk_ids, topk_weights, scales, fp8, channel)
+        brought, mode, handle, state = self._begin(
+            x, topk_ids, topk_weights, scales, fp8, channel, self._is_capturing()
+        )
         dispatch_send(
             self.layout,
             self.rank,
             *brought,
             mode,
+            largest_weight=self._largest_weight,
             peers=state.peers,
             control=self.control,
             live=state.live,
@@ -118,11 +123,10 @@ class MaskedRank:
         if out is not None:
             quantised = fp8 is not None or (isinstance(x, torch.Tensor) and x.dtype == FP8)
             out = self._check_out(out, FP8 if quantised else self.config.dtype)
-        on_gpu = self.device.type == "cuda"
-        if on_gpu and torch.cuda.is_current_stream_capturing():  # two launches are quicker there: kernels/dispatch.py
+        if self._is_capturing():  # two launches are quicker there: see kernels/dispatch.py
             sent = self.dispatch_send(x, topk_ids, topk_weights, scales=scales, fp8=fp8, channel=channel)
             return self.dispatch_recv(sent, out=out)
-        brought, mode, handle, state = self._begin(x, topk_ids, topk_weights, scales, fp8, channel)
+        brought, mode, handle, state = self._begin(x, topk_ids, topk_weights, scales, fp8, channel, False)
         result = self._output(state, handle, out is None)
         rows = result.x if out is None else out
         dispatch(
@@ -134,6 +138,7 @@ class MaskedRank:
             result.scales,
             result.counts,
             result.source,
+            largest_weight=self._largest_weight,
             peers=state.peers,
             live=state.live,
             hits=handle.slot.hits,
@@ -151,6 +156,7 @@ class MaskedRank:
         scales: torch.Tensor | None,
         fp8: ScaleFormat | None,
         channel: str | None,
+        captured: bool,
     ) -> tuple[_Brought, int, GpuHandle, Channel]:
         """Open a step. Returns (what it brings, how rows are sent, its handle, its channel)."""
         rows = inputs.check_tokens(self.config, x, fp8, self.device)
@@ -165,14 +171,18 @@ class MaskedRank:
             mode = COPY if fp8 is None else QUANTISE if fp8 == "fp32" else QUANTISE_POW2
         if mode == COPY and self.layout.fp8_only:
             raise InputError("this group's buffers hold FP8 rows only; give fp8='fp32', 'pow2' or 'ue8m0'")
+        self._check_device()
         state = self._channels[self._index(channel)]
-        self._check_free(state)
-        state.calls += 1
-        slot = state.slots[state.calls % SLOTS]
+        turns = state.captured if captured else state.eager
+        self._check_free(turns)
+        turns.calls += 1
+        # A graph's steps may run while one of this channel is open outside of it, so they share none of its memory. The
+        # graph's pool uses theirs again once the handle is gone.
+        slot = Slot.empty(self.layout, self.device, True) if captured else state.slots[turns.calls % SLOTS]
         bits = header_bits(mode, weights is not None)
         name = channel or self.config.channels[0]
-        handle = GpuHandle(self, name, state.calls, slot, tokens, bits, fp8, weights is not None)
-        state.open.append(handle)
+        handle = GpuHandle(self, name, turns, captured, slot, tokens, bits, fp8, weights is not None)
+        turns.open.append(handle)
         return (rows, ids, weights, given), mode, handle, state
 
     def dispatch_recv(self, handle: Handle, *, out: torch.Tensor | None = None) -> Masked:
@@ -226,7 +236,7 @@ class MaskedRank:
             **self._waiting(mine, state),
         )
         mine.phase = Phase.DONE
-        state.open.remove(mine)
+        mine.turns.open.remove(mine)
         return result
 
     def weights_push(self, handle: Handle, topk_weights: torch.Tensor) -> None:
@@ -245,6 +255,8 @@ class MaskedRank:
             live=state.live,
             handle=mine.slot.handle,
             hits=mine.slot.hits,
+            report=self.report,
+            largest_weight=self._largest_weight,
         )
         mine.pushed = True
 
@@ -254,29 +266,17 @@ class MaskedRank:
         mine, state = self._step(handle, Phase.RECEIVED)
         rows = self._check_outputs(y)
         self._check_weighted(mine)
-        self._launch_combine_send(rows, mine, state)
-        mine.phase = Phase.COMBINING
-
-    def discard_send(self, handle: Handle) -> None:
-        """Instead of `combine_send`, on every rank, if the step's outputs are not wanted; `combine_recv` then ends the
-        step and returns zero tokens. Raises HandleError."""
-        if isinstance(handle, GpuHandle) and handle._owner is self and handle.phase is Phase.SENT:
-            self.dispatch_recv(handle)  # what the peers have sent must be there before their buffers count as free
-        mine, state = self._step(handle, Phase.RECEIVED)
-        self._launch_combine_send(None, mine, state)
-        mine.tokens, mine.phase = 0, Phase.COMBINING
-
-    def _launch_combine_send(self, y: torch.Tensor | None, mine: GpuHandle, state: Channel) -> None:
         combine_send(
             self.layout,
             self.rank,
-            y,
-            y is not None and not mine.has_weights,
+            rows,
+            not mine.has_weights,
             peers=state.peers,
             live=state.live,
             places=mine.slot.places,
             **self._waiting(mine, state),
         )
+        mine.phase = Phase.COMBINING
 
     def combine_recv(self, handle: Handle, *, out: torch.Tensor | None = None) -> torch.Tensor:
         """Launch the sum over ranks; ends the step. Returns [T, H] of config.dtype, in `out` if given. Raises
@@ -286,29 +286,34 @@ class MaskedRank:
         combine_recv(
             self.layout,
             result,
+            live=state.live,
             hits=mine.slot.hits,
             **self._waiting(mine, state),
         )
         mine.phase = Phase.DONE
-        state.open.remove(mine)
+        mine.turns.open.remove(mine)
         return result
 
     # what went wrong
 
     def missing(self, handle: Handle) -> list[int]:
-        """Ranks that were missing from a step so far: masked, dead, too slow, or unable to receive this rank's rows.
-        Waits for the device. Empty for a good step."""
+        """Ranks that are missing from a step as far as its launches have run: dead, too slow, given up in an earlier
+        step, or unable to receive this rank's rows. Empty for a good step. Waits for the current stream. Raises
+        HandleError."""
         if not isinstance(handle, GpuHandle) or handle._owner is not self:
             raise HandleError("this handle belongs to another rank; use it with the object that made it")
+        handle.check_words()
         return ranks_of(int(handle.slot.handle[self.layout.MISSING].item()))
 
     def check(self) -> None:
-        """Raise what kernels have reported since the last call: InputError for wrong ids or scales, RankLost for ranks
-        that were missing. Waits for the device."""
-        bad, lost = self.report.tolist()
-        self.report.copy_(self._words([NO_BAD_INPUT, 0]))
+        """Raise what kernels have reported since the last call: HandleError for steps in a wrong order, InputError for
+        wrong ids, scales or weights, RankLost for ranks that were missing. Waits for the device."""
+        bad, lost, misuse = self.report.tolist()
+        self.report.copy_(self._words(list(NOTHING)))
+        if misuse:
+            raise HandleError(f"rank {self.rank}: {describe_misuse(misuse)}")
         if bad != NO_BAD_INPUT:
-            raise InputError(f"rank {self.rank}: {describe_bad_input(bad, self.layout)}")
+            raise InputError(f"rank {self.rank}: {describe_bad_input(bad, self.layout, self.config.dtype)}")
         if lost:
             names = ranks_of(lost)
             raise RankLost(f"rank {self.rank}: ranks {names} were missing from a step; its result lacks them", names)
@@ -316,13 +321,10 @@ class MaskedRank:
     # helpers
 
     def _check_out(self, out: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        layout = self.layout
-        return inputs.check_tensor("out", out, (layout.E_L, layout.CAP, layout.H), (dtype,), self.device)
+        return inputs.check_tensor("out", out, self._shape, (dtype,), self.device)
 
     def _check_outputs(self, y: torch.Tensor) -> torch.Tensor:
-        layout = self.layout
-        shape = (layout.E_L, layout.CAP, layout.H)
-        return inputs.check_tensor("y", y, shape, (self.config.dtype,), self.device)
+        return inputs.check_tensor("y", y, self._shape, (self.config.dtype,), self.device)
 
     def _check_weighted(self, mine: GpuHandle) -> None:
         if not (mine.has_weights or mine.pushed):
@@ -353,10 +355,20 @@ class MaskedRank:
             raise InputError(f"channel={name!r}; this object has {', '.join(map(repr, self.config.channels))}")
         return self.config.channels.index(name)
 
-    def _check_free(self, state: Channel) -> None:
-        if len(state.open) >= SLOTS or any(handle.call == state.calls - 1 for handle in state.open):
+    def _is_capturing(self) -> bool:
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+    def _check_device(self) -> None:
+        if self.device.type == "cuda" and torch.cuda.current_device() != self.device.index:
             raise HandleError(
-                f"{state.open[0]} is still open, and its buffers are those of the next step; "
+                f"the current device is cuda:{torch.cuda.current_device()}, and this rank is on {self.device}; call it "
+                f"in `with torch.cuda.device({self.device.index})`"
+            )
+
+    def _check_free(self, turns: Turns) -> None:
+        if len(turns.open) >= SLOTS or any(handle.call == turns.calls - 1 for handle in turns.open):
+            raise HandleError(
+                f"{turns.open[0]} is still open, and its buffers are those of the next step; "
                 "combine it before dispatching again, or use another channel"
             )
 
@@ -367,6 +379,7 @@ class MaskedRank:
             raise HandleError("this handle belongs to another rank; use it with the object that made it")
         if handle.phase is not needed:
             raise HandleError(f"{handle!r}; this call needs a step that is {needed.value}")
+        self._check_device()
         return handle, self._channels[self.config.channels.index(handle.channel)]
 
     def _weights(self, weights: torch.Tensor | None, tokens: int) -> torch.Tensor | None:
@@ -375,23 +388,27 @@ class MaskedRank:
         return inputs.check_tensor("topk_weights", weights, (tokens, self.config.top_k), (torch.float32,), self.device)
 
     def _output(self, state: Channel, handle: GpuHandle, rows: bool) -> Output:
-        """Storage of a result, the same at every second dispatch of the channel. rows: also for x, which is large."""
+        """Storage of a result, the same at every second dispatch of the channel; in a graph, the graph's own. rows:
+        with x, which is large."""
+        if handle.captured:
+            return self._allocate(handle._fp8, rows)
         key = (handle.call % SLOTS, handle._fp8)
         found = state.outputs.get(key)
         if found is None:
-            found = state.outputs[key] = self._allocate(handle._fp8)
-        if rows and not found.x.numel():
-            layout = self.layout
-            found.x = found.x.new_empty((layout.E_L, layout.CAP, layout.H))
+            found = state.outputs[key] = self._allocate(handle._fp8, rows)
+        elif rows and not found.x.numel():
+            found.x = found.x.new_empty(self._shape)
         return found
 
-    def _allocate(self, fp8: ScaleFormat | None) -> Output:
+    def _allocate(self, fp8: ScaleFormat | None, rows: bool) -> Output:
         layout, scales = self.layout, None
         if fp8 is not None:
             width, form = scale_columns(layout.H, fp8)
             scales = torch.empty((layout.E_L, width, layout.CAP), dtype=form, device=self.device)
         return Output(
-            torch.empty(0, dtype=self.config.dtype if fp8 is None else FP8, device=self.device),
+            torch.empty(
+                self._shape if rows else 0, dtype=self.config.dtype if fp8 is None else FP8, device=self.device
+            ),
             torch.empty(layout.E_L, dtype=torch.int32, device=self.device),
             torch.empty((layout.E_L, layout.CAP), dtype=torch.int32, device=self.device),
             scales,
