@@ -12,7 +12,7 @@ import argparse
 import importlib
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +43,16 @@ def graph_us(launch: Callable[[], Any]) -> float:
         torch.cuda.synchronize()
         times.append(start.elapsed_time(end) * 1e3 / LAUNCHES)
     return statistics.median(times[3:])
+
+
+def set_constants(settings: Sequence[str]) -> None:
+    """MODULE.NAME=INT: another value for a constant of a module of moe_a2a.kernels."""
+    for setting in settings:
+        name, value = setting.split("=")
+        module, constant = name.split(".")
+        target = importlib.import_module(f"moe_a2a.kernels.{module}")
+        assert hasattr(target, constant), setting
+        setattr(target, constant, int(value))
 
 
 def case(
@@ -110,12 +120,7 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="MODULE.NAME=INT", help="a kernel module's constant")
     parser.add_argument("--json")
     arguments = parser.parse_args()
-    for setting in arguments.set:
-        name, value = setting.split("=")
-        module, constant = name.split(".")
-        target = importlib.import_module(f"moe_a2a.kernels.{module}")
-        assert hasattr(target, constant), setting
-        setattr(target, constant, int(value))
+    set_constants(arguments.set)
     results = []
     for rows in arguments.rows:
         for tokens in arguments.tokens:

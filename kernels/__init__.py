@@ -1,11 +1,12 @@
-"""Triton kernels of dispatch and combine for GPU ranks, one operator a file; installs as `moe_a2a.kernels`.
+"""Triton kernels of dispatch, combine and permute for GPUs, one operator a file; installs as `moe_a2a.kernels`.
 
     signals        flags, counters, waits: the only place with system-scope atomics and inline PTX
     casts          roundings that are the same on a GPU and in Triton's interpreter
     formats        what rows and scales look like, as numbers
     launch         the way to the driver, once a kernel is compiled
     dispatch_send  -> dispatch_recv -> (experts) -> [weights_push] -> combine_send -> combine_recv
+    permute        -> (experts) -> unpermute, without communication
 
-Every kernel takes a `moe_a2a.gpu.layout.Layout` as its compile-time constant L. Importing this package needs no Triton;
-importing a kernel does. Set TRITON_INTERPRET=1 before Triton is imported to run them on a CPU.
+Kernels of dispatch and combine take a `moe_a2a.gpu.layout.Layout` as their compile-time constant L. Importing this
+package needs no Triton; importing a kernel does. Set TRITON_INTERPRET=1 before Triton is imported to run them on a CPU.
 """

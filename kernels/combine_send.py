@@ -8,9 +8,12 @@ Memory-ordering contract
     sources from it, never the live step. With PUSHED it first waits for the WEIGHTS flags of the received sources. The
     last program raises one COMBINE flag on each rank of the view, with system-scope release: 2 * step, or 2 * step + 1
     ("excluded") for a rank whose rows this rank did not receive, so that it does not sum what an older step left.
+    A step that has ended already, as one of a graph that is replayed without its dispatch, sends nothing.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import triton
@@ -18,36 +21,41 @@ import triton.language as tl
 
 from moe_a2a.gpu.layout import Layout, power_of_two_at_least
 from moe_a2a.kernels.casts import to_payload
-from moe_a2a.kernels.launch import launch
-from moe_a2a.kernels.signals import aligned, has_bit, is_last, pick, raise_flags, wait
+from moe_a2a.kernels.launch import Launch
+from moe_a2a.kernels.signals import aligned, has_bit, is_last, open_step, pick, raise_flags, record_missing, wait
 
 _WARPS = 4
 _BLOCK = 1024  # columns of a work item: 16 bytes of bf16 a thread and expert
 _PROGRAMS_A_SM = 8
 
 
-@triton.jit(do_not_specialize=["rank"])
-def _combine_send(
-    y, region, peers, control, alive, live, handle, places, report, rank,
-    ROWS: tl.constexpr, PUSHED: tl.constexpr, BLOCK: tl.constexpr, L: tl.constexpr, LANES: tl.constexpr,
+@triton.jit
+def send_sums(
+    pid, programs, y, region, peers, control, alive, live, handle, places, report, rank,
+    PUSHED: tl.constexpr, BLOCK: tl.constexpr, L: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
+    """What program `pid` of `programs` does."""
     r = tl.arange(0, L.R_PAD)
     bases = tl.load(peers + r, mask=r < L.R, other=0)
     step = tl.load(handle + L.STEP)
     mask = tl.load(handle + L.VIEW_MASK)
-    received = tl.load(handle + L.RECEIVED)
-    longest = tl.load(handle + L.LONGEST).to(tl.int32) if ROWS else 0
+    came = tl.load(handle + L.RECEIVED)
+    longest = tl.load(handle + L.LONGEST).to(tl.int32)
+    has_ended = (open_step(live, step, L) != step) & (mask != 0)  # 0: it never began
+    mask = tl.where(has_ended, 0, mask)
+    came = tl.where(has_ended, 0, came)
+    longest = tl.where(has_ended, 0, longest)
+    received = came
     block = (step & 1) * L.parity_bytes
     mine = region.to(tl.int64) + block
     if PUSHED:
-        received, _ = wait(mine, handle, control, alive, L.WEIGHTS, received, step, L, LANES)
+        received, _ = wait(pid, mine, handle, control, alive, L.WEIGHTS, received, step, L, LANES)
     weights = (mine + L.weights).to(tl.pointer_type(tl.float32))
 
     BLOCKS: tl.constexpr = (L.H + BLOCK - 1) // BLOCK
     DTYPE: tl.constexpr = y.dtype.element_ty
     K: tl.constexpr = L.K
-    for number in range(pid, longest * (L.R * BLOCKS), tl.num_programs(0)):
+    for number in range(pid, longest * (L.R * BLOCKS), programs):
         item = tl.full([], 0, tl.int32) + number  # the interpreter's loops count in Python ints
         column = (item % BLOCKS) * BLOCK + tl.arange(0, BLOCK)
         s = (item // BLOCKS) % L.R
@@ -67,19 +75,33 @@ def _combine_send(
             to = pick(bases, s, L) + block + L.sums + (rank * L.M + t).to(tl.int64) * L.sum_stride
             tl.store(aligned(to, DTYPE) + column, to_payload(total, DTYPE), mask=inside)
 
-    if is_last(live + (L.FINISHED + L.COMBINE)):
+    if is_last(live + (L.FINISHED + L.COMBINE), programs):
         value = 2 * step + tl.where(has_bit(received, r.to(tl.int64)), 0, 1)
         raise_flags(bases, block + L.flags + L.COMBINE * L.R * 8, rank, value, mask, L)
-        lost = mask & ~received
-        if lost != 0:
-            tl.atomic_or(handle + L.MISSING, lost)
-            tl.atomic_or(report + L.LOST, lost)
+        tl.store(handle + L.SENT, tl.full([], 0, tl.int64))
+        if received != came:
+            tl.store(handle + L.EXPECTED, received)
+            record_missing(came & ~received, handle, control, alive, report, L)
+        if has_ended:
+            tl.store(handle + L.EXPECTED, tl.full([], 0, tl.int64))
+            tl.atomic_or(report + L.MISUSE, tl.full([], L.ENDED_TWICE, tl.int64))
+
+
+@triton.jit(do_not_specialize=["rank"])
+def _combine_send(
+    y, region, peers, control, alive, live, handle, places, report, rank,
+    PUSHED: tl.constexpr, BLOCK: tl.constexpr, L: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    send_sums(
+        tl.program_id(0), tl.num_programs(0), y, region, peers, control, alive, live, handle, places, report, rank,
+        PUSHED, BLOCK, L, LANES,
+    )  # fmt: skip
 
 
 def combine_send(
     layout: Layout,
     rank: int,
-    y: torch.Tensor | None,
+    y: torch.Tensor,
     pushed: bool,
     *,
     region: torch.Tensor,
@@ -92,17 +114,22 @@ def combine_send(
     report: torch.Tensor,
     processors: int,
 ) -> None:
-    """Launch. y: [E_l, R*M, H], payload dtype, or None to send flags and no rows; pushed: the weights come by
+    """Launch. y: [E_l, R*M, H], payload dtype, of any size if the step is discarded; pushed: the weights come by
     weights_push, not with the dispatch; places: int32 [R*M, K]; processors: SMs of the device. The others: `Layout`."""
-    block = min(_BLOCK, power_of_two_at_least(layout.H))
-    items = 1 if y is None else layout.CAP * -(-layout.H // block)
-    launch(
-        _combine_send,
-        min(items, processors * _PROGRAMS_A_SM),
-        (region if y is None else y, region, peers, control, alive, live, handle, places, report, rank),
-        (y is not None, pushed, block, layout, 32 * _WARPS),
-        (region.dtype if y is None else y.dtype,),
-        num_warps=_WARPS,
-        # Products and sums are rounded one by one, as CPU ranks and the oracle do: the bits are the same everywhere.
-        enable_fp_fusion=False,
-    )
+    launch, programs = _prepare(layout, pushed, y.dtype, processors)
+    launch(programs, (y, region, peers, control, alive, live, handle, places, report, rank))
+
+
+@functools.cache
+def _prepare(layout: Layout, pushed: bool, dtype: torch.dtype, processors: int) -> tuple[Launch, int]:
+    """The launch, and its programs."""
+    block = send_block(layout)
+    items = layout.CAP * -(-layout.H // block)
+    # Products and sums are rounded one by one, as CPU ranks and the oracle do: the bits are the same everywhere.
+    launch = Launch(_combine_send, (pushed, block, layout, 32 * _WARPS), num_warps=_WARPS, enable_fp_fusion=False)
+    return launch, min(items, processors * _PROGRAMS_A_SM)
+
+
+def send_block(layout: Layout) -> int:
+    """Columns of a work item."""
+    return min(_BLOCK, power_of_two_at_least(layout.H))

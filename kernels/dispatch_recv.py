@@ -11,10 +11,12 @@ handles hold it: `source` is the token alone, and `ranges` says which rows of an
 Memory-ordering contract
     Waits for the DISPATCH flag of every source in the handle's view (acquire), then reads this rank's own region only.
     Writes the outputs, `places` (where the rows of each (source, token) went, for combine) and the handle's RECEIVED,
-    LONGEST and MISSING with plain stores: the next launch of the stream sees them.
+    EXPECTED, LONGEST and MISSING with plain stores: the next launch of the stream sees them.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import triton
@@ -22,8 +24,8 @@ import triton.language as tl
 
 from moe_a2a.gpu.layout import Layout, power_of_two_at_least
 from moe_a2a.kernels.formats import FP32_SCALES, NO_SCALES, PACKED_SCALES
-from moe_a2a.kernels.launch import launch
-from moe_a2a.kernels.signals import aligned, has_bit, lane_bits, wait
+from moe_a2a.kernels.launch import Launch
+from moe_a2a.kernels.signals import aligned, has_bit, lane_bits, record_missing, wait
 
 _WARPS = 2
 _BLOCK_WORDS = 512  # 4-byte words of a row that one work item copies: 2 KiB
@@ -64,19 +66,18 @@ def _copy_scales(
     tl.store(out + address, value[None, :] + (to * 0)[:, None], mask=(to >= 0)[:, None] & (n < WIDTH)[None, :])
 
 
-@triton.jit(do_not_specialize=["rank"])
-def _dispatch_recv(
-    x, scales, counts, source, ranges, region, control, alive, handle, places, report, rank,
+@triton.jit
+def receive_tokens(
+    pid, programs, x, scales, counts, source, ranges, region, control, alive, handle, places, report, rank,
     BITS: tl.constexpr, SCALES: tl.constexpr, BY_SOURCE: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr,
     EXPERTS: tl.constexpr, L: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
-    programs = tl.num_programs(0)
+    """What program `pid` of `programs` does."""
     step = tl.load(handle + L.STEP)
     want = tl.load(handle + L.VIEW_MASK)
     epoch = tl.load(handle + L.VIEW_EPOCH)
     block = region.to(tl.int64) + (step & 1) * L.parity_bytes
-    arrived, _ = wait(block, handle, control, alive, L.DISPATCH, want, step, L, LANES)
+    arrived, _ = wait(pid, block, handle, control, alive, L.DISPATCH, want, step, L, LANES)
 
     r = tl.arange(0, L.R_PAD)
     header = (block + L.headers).to(tl.pointer_type(tl.int64)) + r * L.HEADER_WORDS
@@ -131,10 +132,22 @@ def _dispatch_recv(
             total += rows
         tl.store(counts + e, total, mask=e < L.E_L)
         tl.store(handle + L.RECEIVED, good)
+        tl.store(handle + L.EXPECTED, good)
         tl.store(handle + L.LONGEST, longest.to(tl.int64))
         if good != want:
-            tl.atomic_or(handle + L.MISSING, want & ~good)
-            tl.atomic_or(report + L.LOST, want & ~good)
+            record_missing(want & ~good, handle, control, alive, report, L)
+
+
+@triton.jit(do_not_specialize=["rank"])
+def _dispatch_recv(
+    x, scales, counts, source, ranges, region, control, alive, handle, places, report, rank,
+    BITS: tl.constexpr, SCALES: tl.constexpr, BY_SOURCE: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr,
+    EXPERTS: tl.constexpr, L: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    receive_tokens(
+        tl.program_id(0), tl.num_programs(0), x, scales, counts, source, ranges, region, control, alive, handle, places,
+        report, rank, BITS, SCALES, BY_SOURCE, WORDS, BLOCK, EXPERTS, L, LANES,
+    )  # fmt: skip
 
 
 def dispatch_recv(
@@ -155,22 +168,17 @@ def dispatch_recv(
     report: torch.Tensor,
     processors: int,
 ) -> None:
-    """Launch. x: [E_l, R*M, H], FP8 or payload dtype; scales: storage [E_l, width, R*M], fp32 or packed int32, or None;
-    counts: int32 [E_l]; source: int32 [E_l, R*M]; ranges: int64 [E_l, R], or None for the form without it; bits: what
-    all headers must say (`formats.header_bits`);
-    places: int32 [R*M, K]; processors: SMs of the device. The others: `Layout`."""
-    words = layout.H * x.element_size() // 4
-    form = NO_SCALES if scales is None else FP32_SCALES if scales.dtype == torch.float32 else PACKED_SCALES
-    block = min(_BLOCK_WORDS, power_of_two_at_least(words))
-    if form == PACKED_SCALES:
-        block = max(block, 128)
-    items = layout.CAP * -(-words // block)
+    """Launch. x: [E_l, R*M, H], FP8 or payload dtype; scales: [E_l, R*M, width], fp32 or packed int32, column-major in
+    the last two dimensions, or None; counts: int32 [E_l]; source: int32 [E_l, R*M]; ranges: int64 [E_l, R], or None for
+    the form without it; bits: what all headers must say (`formats.header_bits`); places: int32 [R*M, K]; processors:
+    SMs of the device. The others: `Layout`."""
+    form = None if scales is None else scales.dtype
+    launch, programs = _prepare(layout, bits, x.dtype, form, ranges is not None, processors)
     launch(
-        _dispatch_recv,
-        min(items, processors * _PROGRAMS_A_SM),
+        programs,
         (
-            x.view(torch.int32),
-            scales.view(torch.int32) if scales is not None else counts,
+            x,
+            scales if scales is not None else counts,
             counts,
             source,
             ranges if ranges is not None else handle,
@@ -182,7 +190,31 @@ def dispatch_recv(
             report,
             rank,
         ),
-        (bits, form, ranges is not None, words, block, power_of_two_at_least(layout.E_L), layout, 32 * _WARPS),
-        (),
+    )
+
+
+@functools.cache
+def _prepare(
+    layout: Layout, bits: int, dtype: torch.dtype, scales: torch.dtype | None, by_source: bool, processors: int
+) -> tuple[Launch, int]:
+    """The launch, and its programs."""
+    constants, items = recv_constants(layout, dtype, scales, by_source)
+    launch = Launch(
+        _dispatch_recv,
+        (bits, *constants, layout, 32 * _WARPS),
+        {0: torch.int32, 1: torch.int32},
         num_warps=_WARPS,
     )
+    return launch, min(items, processors * _PROGRAMS_A_SM)
+
+
+def recv_constants(
+    layout: Layout, dtype: torch.dtype, scales: torch.dtype | None, by_source: bool
+) -> tuple[tuple[int, ...], int]:
+    """`receive_tokens`' constants, from SCALES to EXPERTS, and the most work items there can be."""
+    words = layout.H * dtype.itemsize // 4
+    form = NO_SCALES if scales is None else FP32_SCALES if scales == torch.float32 else PACKED_SCALES
+    block = min(_BLOCK_WORDS, power_of_two_at_least(words))
+    if form == PACKED_SCALES:
+        block = max(block, 128)
+    return (form, by_source, words, block, power_of_two_at_least(layout.E_L)), layout.CAP * -(-words // block)

@@ -7,7 +7,7 @@ that vary. Everything else is fixed: addresses are multiples of 16 (`moe_a2a.gpu
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,63 @@ import triton
 
 from moe_a2a.kernels.signals import PORTABLE
 
-_compiled: dict[Hashable, Any] = {}
+_AS_IT_IS: Mapping[int, torch.dtype] = {}
+
+
+class Launch:
+    """A kernel with everything that is the same at every launch. Keep it: the first launch on a device compiles.
+
+    constants: the kernel's last parameters, in order. views: arguments (by place) that the kernel reads as another
+    dtype. options: Triton's (num_warps, ...). An argument has the same dtype at every launch.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        constants: tuple[Hashable, ...],
+        views: Mapping[int, torch.dtype] = _AS_IT_IS,
+        **options: Any,
+    ) -> None:
+        self._kernel, self._constants, self._views, self._options = kernel, constants, views, options
+        self._compiled: dict[int, tuple[Any, Any, Any]] = {}
+
+    def __call__(self, programs: int, arguments: tuple[torch.Tensor | int, ...]) -> None:
+        """Run on the current device and stream, on a grid of `programs`. arguments: the kernel's first parameters."""
+        if PORTABLE.value:
+            self._kernel[(programs,)](*self._typed(arguments), *self._constants)
+            return
+        device = torch.cuda.current_device()
+        compiled = self._compiled.get(device)
+        if compiled is None or triton.knobs.runtime.launch_enter_hook.calls:  # a profiler wants to see every launch
+            found = self._kernel[(programs,)](*self._typed(arguments), *self._constants, **self._options)
+            self._compiled[device] = found.run, found.function, found.packed_metadata
+            return
+        run, function, metadata = compiled
+        # What compiled[grid](...) does in Triton 3.6 to 3.8, without looking up device, stream and hooks once more. An
+        # address as an int is taken as it is; of a tensor, the driver would be asked whose memory it is.
+        run(
+            programs,
+            1,
+            1,
+            torch._C._cuda_getCurrentRawStream(device),
+            function,
+            metadata,
+            None,
+            None,
+            None,
+            *[a if a.__class__ is int else a.data_ptr() for a in arguments],  # type: ignore[union-attr]
+            *self._constants,
+        )
+
+    def _typed(self, arguments: tuple[torch.Tensor | int, ...]) -> list[Any]:
+        """The arguments as the kernel reads them."""
+        typed: list[Any] = list(arguments)
+        for place, dtype in self._views.items():
+            typed[place] = typed[place].view(dtype)
+        return typed
+
+
+_launches: dict[Hashable, Launch] = {}
 
 
 def launch(
@@ -26,23 +82,9 @@ def launch(
     dtypes: tuple[torch.dtype, ...],
     **options: Any,
 ) -> None:
-    """Run `kernel` on the current device and stream, on a grid of `programs`.
-
-    arguments, then constants, are its parameters in order. dtypes: of the arguments whose dtype is not always the same.
-    options: Triton's (num_warps, ...), always the same for one kernel.
-    """
-    if PORTABLE.value:
-        kernel[(programs,)](*arguments, *constants)
-        return
-    device = torch.cuda.current_device()
-    key = (id(kernel), device, dtypes, constants)
-    compiled = _compiled.get(key)
-    if compiled is None:
-        _compiled[key] = kernel[(programs,)](*arguments, *constants, **options)
-    elif triton.knobs.runtime.launch_enter_hook.calls:  # a profiler that wants to see every launch
-        compiled[(programs, 1, 1)](*arguments, *constants)
-    else:
-        stream = torch.cuda.current_stream(device).cuda_stream
-        # What compiled[grid](...) does in Triton 3.6 to 3.8, without looking up device, stream and hooks once more.
-        function, metadata = compiled.function, compiled.packed_metadata
-        compiled.run(programs, 1, 1, stream, function, metadata, None, None, None, *arguments, *constants)
+    """`Launch` for callers that need not save every microsecond. dtypes: of the arguments whose dtype may vary."""
+    key = (kernel, constants, dtypes)
+    found = _launches.get(key)
+    if found is None:
+        found = _launches[key] = Launch(kernel, constants, **options)
+    found(programs, arguments)

@@ -14,9 +14,26 @@ How a wait ends, always and for all programs alike
     Every program polls for itself; on the good path nobody writes anything. But programs that disagree about who
     arrived would disagree about where rows lie. So whoever has to wait starts a clock that all share (DEADLINE in the
     handle, once per step and phase), and the outcome is put to a vote (VERDICT, compare-and-set, the first wins) by
-    everyone who is done after the deadline. A program that saw all flags before the deadline needs no vote: sources
-    are given up only MARGIN_NS after it, by a program whose poll then still misses a flag, and flags never go back.
-    A membership change (the `alive` word, in pinned host memory) moves the deadline to now + MARGIN_NS.
+    everyone who is done after the deadline. Program 0 also looks at the `alive` word in pinned host memory. Sources
+    that live have the whole budget, whoever else dies: only when all that are still missing have lost their bit does
+    it move the deadline, to now + MARGIN_NS. Others then end as they do when the budget is over.
+
+    Why all agree: programs that vote follow the first vote. A program N goes without one if a single, quick poll saw
+    every flag, and no deadline or one ahead. A program G gives source s up if a poll that began MARGIN_NS after the
+    deadline it read misses the flag of s. Suppose that both happen. Flags never go back, so G read the flag of s before
+    N did. But
+    - if N read a deadline not later than G's, it read all its flags before that, and G after G's deadline;
+    - if N read none, or a later one, it read it before G's was written, which was at least MARGIN_NS before that
+      deadline. N's poll took less than MARGIN_NS, so N read its flags before the deadline was over, and G after it.
+    Both take for granted that an atomic lands within MARGIN_NS of the clock reading in front of it; G waits that much
+    longer. So N read the flag of s first, and they never both happen.
+
+After a wait that gave a source up
+    The source may be late and not dead. It is out of this rank's next dispatches until a new view has it
+    (`record_missing`, GIVEN_UP): this rank never again reads what it stores nor stores into its memory, but for the
+    flags of steps that are open already. So no later step can write over rows that the late source still reads, or take
+    its late rows for its own, and the rest of the step need not wait for it again: that the others are done (EXPECTED)
+    is enough to use their buffers again. The late source finds the flag "excluded", and this rank missing.
 
     Decisions come out of a reduction over the whole CTA, with one lane a thread (`lanes` = 32 * num_warps): scalars
     that each thread loads for itself could differ between warps, and warps that disagree do not meet at a barrier.
@@ -33,7 +50,8 @@ import triton.language as tl
 
 PORTABLE = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
-MARGIN_NS = tl.constexpr(20_000)
+# The interpreter takes milliseconds for a poll.
+MARGIN_NS = tl.constexpr(50_000_000 if PORTABLE.value else 20_000)
 # Polls before a waiting program starts the clock: about 10 us.
 _SPINS = tl.constexpr(16)
 # Polls between two looks at the word in host memory, which takes microseconds to read.
@@ -103,7 +121,8 @@ def _load_acquire(pointers):
 def _poll(flags, deadline, want, threshold, R: tl.constexpr, LANES: tl.constexpr):
     """One look at all flags: (arrived sources | _LIVE | _OVER, excluded sources), equal in every thread.
 
-    _LIVE: before the deadline, or no clock runs. _OVER: the deadline was over MARGIN_NS ago before the flags were read.
+    _LIVE: before the deadline, or no clock runs, and the look took less than MARGIN_NS. _OVER: the deadline was over
+    MARGIN_NS ago before the flags were read.
     """
     lane = tl.arange(0, LANES).to(tl.int64)
     # Of the lanes beside the flags, one reads the deadline: the same instruction, so no second round trip.
@@ -116,7 +135,7 @@ def _poll(flags, deadline, want, threshold, R: tl.constexpr, LANES: tl.constexpr
     is_set = is_flag & (value >= threshold)
     one = tl.full([], 1, tl.int64)
     bits = tl.where(is_set, one << tl.minimum(lane, 60), 0)
-    bits += tl.where(is_deadline & ((value == 0) | (after < value)), _LIVE, 0)
+    bits += tl.where(is_deadline & ((value == 0) | (after < value)) & (after - before < MARGIN_NS), _LIVE, 0)
     bits += tl.where(is_deadline & (value != 0) & (before >= value + MARGIN_NS), _OVER, 0)
     excluded = tl.where(is_set & ((value & 1) != 0), one << tl.minimum(lane, 60), 0)
     return tl.sum(bits, 0), tl.sum(excluded, 0)
@@ -130,12 +149,13 @@ def _uniform(pointer, LANES: tl.constexpr):
 
 
 @triton.jit
-def wait(region, handle, control, alive, PHASE: tl.constexpr, want, step, L: tl.constexpr, LANES: tl.constexpr):
+def wait(pid, region, handle, control, alive, PHASE: tl.constexpr, want, step, L: tl.constexpr, LANES: tl.constexpr):
     """Wait for the flags of the sources in `want`. Returns (arrived, excluded), masks of sources, both within `want`.
 
-    region: int64 address of this rank's block of the step's parity; handle, control: int64 words (`Layout`); alive:
-    int64 word that the host may change at any time, a bit for each rank that lives. Ends when every source has
-    arrived, or when control's BUDGET_NS is over or `alive` loses a source: then `arrived` lacks it, in all programs.
+    pid: this program's number among those that wait. region: int64 address of this rank's block of the step's parity;
+    handle, control, alive: int64 words (`Layout`), alive those in host memory. Ends when every source has arrived, or
+    when those that have not are without their bit in `alive`, or when control's BUDGET_NS is over: then `arrived` lacks
+    them, in all programs.
     """
     flags = (region + L.flags + PHASE * L.R * 8).to(tl.pointer_type(tl.int64))
     deadline = handle + (L.DEADLINE + PHASE)
@@ -147,9 +167,9 @@ def wait(region, handle, control, alive, PHASE: tl.constexpr, want, step, L: tl.
             if polls == _SPINS:
                 tl.atomic_cas(deadline, tl.full([], 0, tl.int64), now() + tl.load(control + L.BUDGET_NS))
             # One program looks for all: thousands that read one word of host memory at once take milliseconds.
-            if (tl.program_id(0) == 0) & (polls % _LOOKS == _LOOKS - 1):
-                gone = want & ~_uniform(alive, LANES)
-                if (gone & ~bits) != 0:
+            if (pid == 0) & (polls % _LOOKS == _LOOKS - 1):
+                living = _uniform(alive + L.ALIVE, LANES)
+                if (want & ~bits & living) == 0:
                     tl.atomic_min(deadline, now() + MARGIN_NS)
             polls += 1
             bits, excluded = _poll(flags, deadline, want, 2 * step, L.R, LANES)
@@ -178,21 +198,50 @@ def watch(region, handle, control, alive, PHASE: tl.constexpr, source, step, L: 
         if polls == _SPINS:
             tl.atomic_cas(deadline, tl.full([], 0, tl.int64), now() + tl.load(control + L.BUDGET_NS))
         if polls % _LOOKS == _LOOKS - 1:
-            bits |= tl.where((want & _uniform(alive, LANES)) == 0, _OVER, 0)
+            bits |= tl.where((want & _uniform(alive + L.ALIVE, LANES)) == 0, _OVER, 0)
         polls += 1
         polled, _ = _poll(flags, deadline, want, 2 * step, L.R, LANES)
         bits |= polled
 
 
 @triton.jit
-def is_last(counter):
-    """Announce that this program is done; True in the last of the launch, which sees all that the others stored.
+def record_missing(lost, handle, control, alive, report, L: tl.constexpr):
+    """Write down that ranks are missing from a step: for the step, for those to come in this view, and for the host.
+
+    lost: mask of ranks, not 0. Only for one program of a launch.
+    """
+    epoch = tl.load(handle + L.VIEW_EPOCH)
+    tl.atomic_or(handle + L.MISSING, lost)
+    tl.atomic_or(control + L.GIVEN_UP + (epoch & 1), lost)
+    tl.store(alive + L.TOLD, tl.atomic_or(report + L.LOST, lost) | lost)
+
+
+@triton.jit
+def open_step(live, step, L: tl.constexpr):
+    """The step of this step's parity that is open on this rank, 0 if none is."""
+    # Both are loaded: choosing first would cost a round trip.
+    even, odd = tl.load(live + L.OPEN), tl.load(live + (L.OPEN + 1))
+    return tl.where((step & 1) != 0, odd, even)
+
+
+@triton.jit
+def until_sent(handle, L: tl.constexpr, LANES: tl.constexpr):
+    """Wait until the last sending program of this launch has written the handle. It does not wait for anybody."""
+    lane = tl.arange(0, LANES).to(tl.int64) * 0
+    address = (handle + L.SENT).to(tl.int64) + lane
+    while tl.max(_load_acquire(address.to(tl.pointer_type(tl.int64))), 0) == 0:
+        pass
+
+
+@triton.jit
+def is_last(counter, programs):
+    """Announce that this program is done; True in the last of `programs`, which sees all that the others stored.
 
     counter: int64 of this GPU, 0 before the launch and again after it.
     """
     tl.debug_barrier()
     done = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
-    last = done == tl.num_programs(0) - 1
+    last = done == programs - 1
     if last:
         tl.store(counter, tl.full([], 0, tl.int64))
     return last

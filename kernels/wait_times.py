@@ -28,8 +28,9 @@ def _wait_times(
 ):  # fmt: skip
     source = tl.program_id(0)
     step = tl.load(handle + L.STEP)
-    # Weights are waited for from ranks whose tokens came; the others, from all of the view.
-    want = tl.load(handle + (L.RECEIVED if PHASE == L.WEIGHTS else L.VIEW_MASK))
+    # As the kernels that wait: for tokens from all of the view; for weights from ranks whose tokens came; for sums from
+    # ranks that are not missing so far.
+    want = tl.load(handle + (L.VIEW_MASK if PHASE == L.DISPATCH else L.RECEIVED if PHASE == L.WEIGHTS else L.EXPECTED))
     began = now()
     if has_bit(want, source.to(tl.int64)):
         block = region.to(tl.int64) + (step & 1) * L.parity_bytes

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from moe_a2a.bootstrap import KeyValue
     from moe_a2a.config import Config, Options
     from moe_a2a.errors import ConfigError, EngineError, HandleError, InputError, MoeA2AError, RankLost
+    from moe_a2a.permutation import permute, unpermute
+    from moe_a2a.permuted import Permuted, worst_case_rows
     from moe_a2a.types import Contiguous, Grouped, Handle, Masked
 
 __version__ = "0.1.0"
@@ -32,7 +34,11 @@ __all__ = [
     "Masked",
     "MoeA2AError",
     "Options",
+    "Permuted",
     "RankLost",
+    "permute",
+    "unpermute",
+    "worst_case_rows",
 ]
 
 _MODULES = {
@@ -40,6 +46,8 @@ _MODULES = {
     "bootstrap": ["KeyValue"],
     "config": ["Config", "Options"],
     "errors": ["ConfigError", "EngineError", "HandleError", "InputError", "MoeA2AError", "RankLost"],
+    "permutation": ["permute", "unpermute"],
+    "permuted": ["Permuted", "worst_case_rows"],
     "types": ["Contiguous", "Grouped", "Handle", "Masked"],
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

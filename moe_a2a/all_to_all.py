@@ -82,6 +82,7 @@ class AllToAll:
         alignment: int = 128,
         channel: str | None = None,
         out: torch.Tensor | None = None,
+        by_source: bool = False,
     ) -> Masked: ...
 
     @overload
@@ -126,18 +127,17 @@ class AllToAll:
         alignment: int = 128,
         channel: str | None = None,
         out: torch.Tensor | None = None,
+        by_source: bool = False,
     ) -> Dispatched:
-        """Send every token to the ranks that own its experts, and receive theirs. `dispatch_send`, then
-        `dispatch_recv`."""
+        """Send every token to the ranks that own its experts, and receive theirs: `dispatch_send`, then
+        `dispatch_recv`. by_source: as in `reserve`, for the masked layout."""
         _check_layout(layout)
         checks.check_alignment(alignment)
-        self._backend.check_dispatch(x, layout, fp8, out)
-        handle = self.dispatch_send(x, topk_ids, topk_weights, scales=scales, fp8=fp8, channel=channel)
-        try:
-            return self.dispatch_recv(handle, layout=layout, alignment=alignment, out=out)
-        except InputError as error:  # out is too small for what arrived: the step is open, and not to be lost
-            error.handle = handle
-            raise
+        if by_source and layout != "masked":
+            raise InputError(f"by_source=True goes with layout='masked'; layout is {layout!r}")
+        return self._backend.dispatch(
+            x, topk_ids, topk_weights, scales, fp8, channel, layout, alignment, out, by_source
+        )
 
     def dispatch_send(
         self,
@@ -186,7 +186,7 @@ class AllToAll:
         """
         _check_layout(layout)
         checks.check_alignment(alignment)
-        if isinstance(handle, Handle) and handle._reserved is not None and (layout != "masked" or out is not None):
+        if (out is not None or layout != "masked") and isinstance(handle, Handle) and handle._reserved is not None:
             raise InputError("this step's outputs are reserved: receive it in the masked layout, without out=")
         return self._backend.dispatch_recv(handle, layout, alignment, out)
 
@@ -201,10 +201,7 @@ class AllToAll:
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Send the experts' outputs back and sum them. `combine_send`, then `combine_recv`."""
-        if out is not None:
-            self._backend.check_combine(handle, out)
-        self.combine_send(y, handle, topk_weights)
-        return self.combine_recv(handle, out=out)
+        return self._backend.combine(y, handle, topk_weights, out)
 
     def combine_send(self, y: torch.Tensor, handle: Handle, topk_weights: torch.Tensor | None = None) -> None:
         """Reduce the experts' outputs for each received token and send one row back to its rank.
@@ -240,15 +237,27 @@ class AllToAll:
             handle._reserved = None
         self._backend.discard(handle)
 
-    # life
+    # what went wrong
+
+    def missing(self, handle: Handle) -> list[int]:
+        """The ranks that are missing from a step, so that its result lacks their part; [] for a good step so far.
+
+        Raises nothing for them, and also answers after a RankLost. GPU ranks: waits for all work queued on the device;
+        a handle can be asked until the channel's next dispatch but one, that of a graph about its last replay. CPU
+        ranks: a rank that is lost breaks all steps that are open. Raises HandleError.
+        """
+        return self._backend.missing(handle)
 
     def check(self) -> None:
-        """Raise what has gone wrong and was not raised yet: RankLost, or InputError for a wrong id of an earlier step.
+        """Raise what has gone wrong and was not raised yet: RankLost, InputError for a wrong id, scale or weight of an
+        earlier step, HandleError for steps that overlapped (a replayed graph's with one that was open).
 
         GPU ranks: waits for all work queued on the device, also of replayed graphs; no other call does. CPU ranks:
         every call has raised what there was to raise.
         """
         self._backend.check()
+
+    # life
 
     def close(self) -> None:
         """Release memory, threads and descriptors. Not collective; results must not be used afterwards. May be called

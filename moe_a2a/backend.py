@@ -24,10 +24,20 @@ class Backend(Protocol):
     buffer_bytes: int
     resources: ExitStack
 
-    def check_dispatch(
-        self, x: torch.Tensor, layout: Layout, fp8: ScaleFormat | None, out: torch.Tensor | None
-    ) -> None:
-        """Refuse what can be refused before a whole dispatch sends anything: a layout, an `out`. Raises InputError."""
+    def dispatch(
+        self,
+        x: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor | None,
+        scales: torch.Tensor | None,
+        fp8: ScaleFormat | None,
+        channel: str | None,
+        layout: Layout,
+        alignment: int,
+        out: torch.Tensor | None,
+        by_source: bool,
+    ) -> Dispatched:
+        """Both halves. What can be refused is refused before anything is sent: a layout, an `out`."""
 
     def dispatch_send(
         self,
@@ -43,8 +53,10 @@ class Backend(Protocol):
 
     def dispatch_recv(self, handle: Handle, layout: Layout, alignment: int, out: torch.Tensor | None) -> Dispatched: ...
 
-    def check_combine(self, handle: Handle, out: torch.Tensor) -> None:
-        """Refuse an `out` of combine before anything is sent. Raises InputError, HandleError."""
+    def combine(
+        self, y: torch.Tensor, handle: Handle, topk_weights: torch.Tensor | None, out: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Both halves. A wrong `out` is refused before anything is sent."""
 
     def combine_send(self, y: torch.Tensor, handle: Handle, topk_weights: torch.Tensor | None) -> None: ...
 
@@ -53,6 +65,8 @@ class Backend(Protocol):
     def add_wait_times(self, handle: Handle, into: torch.Tensor) -> None: ...
 
     def discard(self, handle: Handle) -> None: ...
+
+    def missing(self, handle: Handle) -> list[int]: ...
 
     def check(self) -> None: ...
 
@@ -67,10 +81,14 @@ class Health:
         self.closed = False
         self.broken: BaseException | None = None
 
-    def check(self) -> None:
+    def check_open(self) -> None:
         """Raises HandleError."""
         if self.closed:
             raise HandleError("this AllToAll is closed; build a new one")
+
+    def check(self) -> None:
+        """Raises HandleError."""
+        self.check_open()
         if self.broken is not None:
             raise HandleError(
                 f"this AllToAll failed and cannot be used further ({self.broken}); close it and build a new group"

@@ -51,12 +51,30 @@ class CpuBackend:
 
     # dispatch
 
-    def check_dispatch(
-        self, x: torch.Tensor, layout: Layout, fp8: ScaleFormat | None, out: torch.Tensor | None
-    ) -> None:
+    def dispatch(
+        self,
+        x: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor | None,
+        scales: torch.Tensor | None,
+        fp8: ScaleFormat | None,
+        channel: str | None,
+        layout: Layout,
+        alignment: int,
+        out: torch.Tensor | None,
+        by_source: bool,
+    ) -> Dispatched:
         if out is not None:
             dtype = FP8 if fp8 is not None or (isinstance(x, torch.Tensor) and x.dtype == FP8) else self.config.dtype
             self._unpacker.check_out(layout, out, dtype)
+        handle = self.dispatch_send(x, topk_ids, topk_weights, scales, fp8, channel)
+        if by_source:
+            self.reserve(handle, True, out)
+        try:
+            return self.dispatch_recv(handle, layout, alignment, out)
+        except InputError as error:  # out is too small for what arrived: the step is open, and not to be lost
+            error.handle = handle
+            raise
 
     @torch.no_grad()
     def dispatch_send(
@@ -127,7 +145,15 @@ class CpuBackend:
 
     # combine
 
-    def check_combine(self, handle: Handle, out: torch.Tensor) -> None:
+    def combine(
+        self, y: torch.Tensor, handle: Handle, topk_weights: torch.Tensor | None, out: torch.Tensor | None
+    ) -> torch.Tensor:
+        if out is not None:
+            self._check_sums(handle, out)
+        self.combine_send(y, handle, topk_weights)
+        return self.combine_recv(handle, out)
+
+    def _check_sums(self, handle: Handle, out: torch.Tensor) -> None:
         step = self._step(handle, Phase.RECEIVED, Phase.COMBINING)
         checks.check_matrix("out", out, (step.tokens, self.config.hidden_size), (self.config.dtype,))
 
@@ -156,7 +182,7 @@ class CpuBackend:
     def combine_recv(self, handle: Handle, out: torch.Tensor | None) -> torch.Tensor:
         step = self._step(handle, Phase.COMBINING)
         if out is not None:
-            self.check_combine(handle, out)
+            self._check_sums(handle, out)
         result = (
             out if out is not None else torch.empty((step.tokens, self.config.hidden_size), dtype=self.config.dtype)
         )
@@ -178,10 +204,18 @@ class CpuBackend:
         step = self._step(handle, Phase.SENT, Phase.RECEIVED, Phase.COMBINING)
         step.wait_times = checks.check_matrix("into", into, (self.world_size,), (torch.int64,))
 
-    # life
+    # what went wrong
+
+    def missing(self, handle: Handle) -> list[int]:
+        self._health.check_open()
+        step = self._own(handle)
+        lost = self._health.broken
+        return sorted(lost.ranks) if isinstance(lost, RankLost) and step.phase is not Phase.DONE else []
 
     def check(self) -> None:
         self._health.check()
+
+    # life
 
     def close(self) -> None:
         if not self._health.closed:
@@ -189,6 +223,13 @@ class CpuBackend:
             self._unpacker.close()
 
     # helpers
+
+    def _own(self, handle: Handle) -> Step:
+        if not isinstance(handle, Handle):
+            raise HandleError(f"handle is a {type(handle).__name__}; give the handle of a dispatch")
+        if handle._owner is not self:
+            raise HandleError("this handle belongs to another AllToAll; use it with the object that made it")
+        return handle._step
 
     def _channel(self, name: str | None) -> int:
         if name is None:
@@ -199,11 +240,7 @@ class CpuBackend:
 
     def _step(self, handle: Handle, *allowed: Phase) -> Step:
         self._health.check()
-        if not isinstance(handle, Handle):
-            raise HandleError(f"handle is a {type(handle).__name__}; give the handle of a dispatch")
-        if handle._owner is not self:
-            raise HandleError("this handle belongs to another AllToAll; use it with the object that made it")
-        step = handle._step
+        step = self._own(handle)
         if step.phase not in allowed:
             needed = " or ".join(phase.value for phase in allowed)
             raise HandleError(f"{step} is {step.phase.value}; this call needs a step that is {needed}")

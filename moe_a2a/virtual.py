@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -60,8 +61,11 @@ class VirtualGroup:
             processors = torch.cuda.get_device_properties(self.device).multi_processor_count
         from moe_a2a.gpu.masked import MaskedRank  # needs Triton, in the mode that _device has chosen
 
-        #: int64 [1], a bit for each rank that lives; waits for a rank without its bit end at once.
-        self.alive = torch.full((1,), (1 << ranks) - 1, dtype=torch.int64, pin_memory=on_gpu)
+        words = torch.zeros(Layout.HOST_WORDS, dtype=torch.int64, pin_memory=on_gpu)
+        #: int64 [1], a bit for each rank that lives; a wait ends at once if only ranks without their bit are missing.
+        self.alive = words[Layout.ALIVE : Layout.ALIVE + 1].fill_((1 << ranks) - 1)
+        #: int64 [1], the ranks that kernels of any rank have last found missing.
+        self.told = words[Layout.TOLD : Layout.TOLD + 1]
         addresses = [[row.data_ptr() for row in region] for region in self._regions]
         self.ranks: list[MaskedRank] = [
             MaskedRank(
@@ -70,7 +74,7 @@ class VirtualGroup:
                 rank,
                 [region[rank] for region in self._regions],
                 addresses,
-                self.alive,
+                words,
                 processors,
                 timeout_s,
             )
@@ -108,22 +112,24 @@ class VirtualGroup:
         channel: str | None = None,
     ) -> Sequence[Handle]:
         """The sending halves. Raises InputError, HandleError."""
-        return [
-            rank.dispatch_send(rows, ids, weights, scales=row_scales, fp8=fp8, channel=channel)
-            for rank, rows, ids, weights, row_scales in zip(
-                self.ranks,
-                self._all("x", x),
-                self._all("topk_ids", topk_ids),
-                self._each("topk_weights", topk_weights),
-                self._each("scales", scales),
-                strict=True,
-            )
-        ]
+        with self._current():
+            return [
+                rank.dispatch_send(rows, ids, weights, scales=row_scales, fp8=fp8, channel=channel)
+                for rank, rows, ids, weights, row_scales in zip(
+                    self.ranks,
+                    self._all("x", x),
+                    self._all("topk_ids", topk_ids),
+                    self._each("topk_weights", topk_weights),
+                    self._each("scales", scales),
+                    strict=True,
+                )
+            ]
 
     def dispatch_recv(self, handles: Sequence[Handle], *, out: Sequence[torch.Tensor] | None = None) -> list[Masked]:
         """The receiving halves. Raises InputError, HandleError."""
         outs = self._each("out", out)
-        return [r.dispatch_recv(h, out=o) for r, h, o in zip(self.ranks, handles, outs, strict=True)]
+        with self._current():
+            return [r.dispatch_recv(h, out=o) for r, h, o in zip(self.ranks, handles, outs, strict=True)]
 
     def combine(
         self,
@@ -134,25 +140,32 @@ class VirtualGroup:
         out: Sequence[torch.Tensor] | None = None,
     ) -> list[torch.Tensor]:
         """`AllToAll.combine` of every rank. Raises InputError, HandleError."""
-        if topk_weights is not None:
-            for rank, handle, weights in zip(self.ranks, handles, topk_weights, strict=True):
-                rank.weights_push(handle, weights)
-        for rank, handle, rows in zip(self.ranks, handles, self._all("y", y), strict=True):
-            rank.combine_send(rows, handle)
         outs = self._each("out", out)
-        return [r.combine_recv(h, out=o) for r, h, o in zip(self.ranks, handles, outs, strict=True)]
+        with self._current():
+            if topk_weights is not None:
+                for rank, handle, weights in zip(self.ranks, handles, topk_weights, strict=True):
+                    rank.weights_push(handle, weights)
+            for rank, handle, rows in zip(self.ranks, handles, self._all("y", y), strict=True):
+                rank.combine_send(rows, handle)
+            return [r.combine_recv(h, out=o) for r, h, o in zip(self.ranks, handles, outs, strict=True)]
 
     def discard(self, handles: Sequence[Handle]) -> None:
         """`AllToAll.discard` of every rank: end a step without a combine. Raises HandleError."""
-        for rank, handle in zip(self.ranks, handles, strict=True):
-            rank.discard_send(handle)
-        for rank, handle in zip(self.ranks, handles, strict=True):
-            rank.combine_recv(handle)
+        from moe_a2a.gpu.discard import discard_recv, discard_send
+
+        with self._current():
+            for rank, handle in zip(self.ranks, handles, strict=True):
+                discard_send(rank, handle)
+            for rank, handle in zip(self.ranks, handles, strict=True):
+                discard_recv(rank, handle)
 
     def check(self) -> None:
         """Raise what the kernels of any rank have reported: InputError, RankLost. Waits for the device."""
         for rank in self.ranks:
             rank.check()
+
+    def _current(self) -> AbstractContextManager[object]:
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def _all(self, name: str, values: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         if len(values) != len(self.ranks):

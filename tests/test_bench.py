@@ -66,6 +66,16 @@ def test_one_host_has_no_network_and_every_routing_is_correct(tmp_path: pathlib.
         assert case["routing"] == routing.removeprefix("trace:")
 
 
+def test_lists_of_top_k_and_experts_give_a_case_for_each_pair(tmp_path: pathlib.Path) -> None:
+    out = tmp_path / "out.json"
+    sizes = ["--experts", "8,16", "--top-k", "1,2", "--tokens", "4", "--hidden", "256", "--iterations", "2"]
+    done = run_bench(*sizes, "--ranks", "2", "--baseline", "", "--timeout", "30", "--json", str(out))
+    assert done.returncode == 0, done.stderr
+    cases = json.loads(out.read_text())["cases"]
+    assert [(case["experts"], case["top_k"]) for case in cases] == [(8, 1), (8, 2), (16, 1), (16, 2)]
+    assert len({case["name"] for case in cases}) == 4
+
+
 def test_it_takes_part_in_a_torchrun_launch(tmp_path: pathlib.Path) -> None:
     out = tmp_path / "out.json"
     launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
@@ -79,6 +89,8 @@ def test_it_takes_part_in_a_torchrun_launch(tmp_path: pathlib.Path) -> None:
     ("arguments", "says"),
     [
         (["--tokens", "0"], "numbers above 0"),
+        (["--top-k", "2,x"], "numbers above 0"),
+        (["--experts", "8,4", "--top-k", "8", "--ranks", "2"], "top_k"),
         (["--dtype", "int8"], "allowed: bf16, fp16, fp32, fp8"),
         (["--experts", "10", "--ranks", "4"], "does not divide by 4 ranks"),
         (["--hidden", "200"], "not a multiple of 128"),

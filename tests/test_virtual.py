@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Sequence
-from typing import Any
 
 # Before anything imports Triton, which decides then how it runs kernels.
 if "triton" not in sys.modules:
@@ -22,31 +20,23 @@ from virtual_steps import (
     check_dispatch,
     check_rows,
     expert_outputs,
+    group_of,
     make_inputs,
     poison,
+    send,
     sizes_of,
+    without,
 )
 
 from moe_a2a import Config, ConfigError, HandleError, InputError, RankLost
 from moe_a2a import reference as ref
 from moe_a2a.fp8 import ScaleFormat, pack_ue8m0, quantize
-from moe_a2a.gpu.handle import GpuHandle
-from moe_a2a.gpu.mask import Mask
-from moe_a2a.gpu.wait_times import add_wait_times, watch
+from moe_a2a.gpu.wait_times import add_wait_times
 from moe_a2a.virtual import VirtualGroup
-from moe_a2a.workload import Inputs
 
 pytestmark = pytest.mark.skipif(
     not triton.knobs.runtime.interpret, reason="Triton was imported to compile in this process; run without tests/gpu"
 )
-
-
-def group_of(
-    ranks: int, *, hidden: int = 128, top_k: int = 2, tokens: int = 3, experts: int = 8, **options: Any
-) -> VirtualGroup:
-    channels = options.pop("channels", ("default",))
-    dtype = options.pop("dtype", torch.bfloat16)
-    return VirtualGroup(Config(experts, hidden, top_k, tokens, dtype, channels), ranks, "cpu", **options)
 
 
 @pytest.mark.parametrize("ranks, fp8", [(2, None), (2, "fp32"), (4, None), (4, "ue8m0"), (8, "fp32")])
@@ -248,49 +238,32 @@ def test_origins_by_source_are_a_range_of_rows_for_each_rank(ranks: int, fp8: Sc
 
 def test_wait_times_name_the_rank_that_is_slow() -> None:
     group = group_of(3, timeout_s=1.0, experts=6)
-    inputs = make_inputs(group.config, 0, 0, [3, 2, 1])
-    handles = [rank.dispatch_send(i.x, i.topk_ids) for rank, i in zip(group.ranks, inputs[:2], strict=False)]
+    (one, two, _), inputs = group.ranks, make_inputs(group.config, 0, 0, [3, 2, 1])
+    handles = [rank.dispatch_send(i.x, i.topk_ids) for rank, i in zip((one, two), inputs, strict=False)]
     times = torch.zeros(3, dtype=torch.int64)
     began = time.monotonic()
-    add_wait_times(group.ranks[0], handles[0], times)
-    watch(group.ranks[0], handles[0], group.layout.DISPATCH)  # rank 2 never comes
+    add_wait_times(one, handles[0], times)
+    one.dispatch_recv(handles[0])  # rank 2 never comes
     assert times[2] >= 1_000_000_000 > 3 * times[:2].max()
-    group.ranks[0].dispatch_recv(handles[0])
     assert time.monotonic() - began < 1.9  # the receive goes by the same clock: one budget, not two
-    assert group.ranks[0].missing(handles[0]) == [2]
+    assert one.missing(handles[0]) == [2]
     group.alive.fill_(0b011)
-    group.ranks[1].control[group.layout.BUDGET_NS] = 1000 * 10**9
-    add_wait_times(group.ranks[1], handles[1], torch.zeros(3, dtype=torch.int64))
-    watch(group.ranks[1], handles[1], group.layout.DISPATCH)  # ends: rank 2 is known to be dead
-    for rank, handle in zip(group.ranks, handles, strict=False):
-        if rank.rank == 1:
-            rank.dispatch_recv(handle)
-        rank.weights_push(handle, inputs[rank.rank].topk_weights)
+    two.control[group.layout.BUDGET_NS] = 1000 * 10**9
+    add_wait_times(two, handles[1], torch.zeros(3, dtype=torch.int64))
+    two.dispatch_recv(handles[1])  # ends: rank 2 is known to be dead
+    for rank, handle, i in zip((one, two), handles, inputs, strict=False):
+        rank.weights_push(handle, i.topk_weights)
     times.zero_()
-    add_wait_times(group.ranks[0], handles[0], times)
-    watch(group.ranks[0], handles[0], group.layout.WEIGHTS)  # rank 2 sent no tokens, and owes no weights
-    assert times[2] == 0 and times[:2].min() > 0
-    group.ranks[0].combine_send(expert_outputs(group, 0)[0], handles[0])
-    watch(group.ranks[0], handles[0], group.layout.COMBINE)
-    assert times[2] > 0
-    group.ranks[0].combine_recv(handles[0])
+    add_wait_times(one, handles[0], times)
+    one.combine_send(expert_outputs(group, 0)[0], handles[0])
+    assert times[2] == 0 and times[:2].min() > 0  # rank 2 sent no tokens, and owes no weights
+    one.combine_recv(handles[0])  # rank 1 does not come to it
+    assert times[1] >= 1_000_000_000 and times[2] == 0  # nor any sums
     with pytest.raises(HandleError, match="has still to wait"):
-        add_wait_times(group.ranks[0], handles[0], times)
+        add_wait_times(one, handles[0], times)
 
 
 # -------------------------------------------------------------------------------------------------------------- faults
-
-
-def without(inputs: list[Inputs], rank: int) -> list[Inputs]:
-    """The inputs as a rank sees them that did not hear from `rank`."""
-    gone = inputs[rank]
-    empty = type(gone)(gone.x[:0], gone.topk_ids[:0], gone.topk_weights[:0])
-    return [*inputs[:rank], empty, *inputs[rank + 1 :]]
-
-
-def send(group: VirtualGroup, inputs: Sequence[Inputs], rank: int) -> GpuHandle:
-    i = inputs[rank]
-    return group.ranks[rank].dispatch_send(i.x, i.topk_ids, i.topk_weights)
 
 
 def test_a_rank_that_does_not_come_is_left_out_and_named() -> None:
@@ -333,9 +306,10 @@ def test_a_rank_that_came_too_late_for_one_peer_is_told_so() -> None:
         group.ranks[r].combine_send(y[r], handles[r])
     out = [group.ranks[r].combine_recv(handles[r]) for r in range(3)]
     assert [group.ranks[r].missing(handles[r]) for r in range(3)] == [[2], [], [0]]
-    check_combine(group, inputs, y, out, [0, 1])
-    kept = [type(i)(i.x, i.topk_ids.masked_fill(i.topk_ids == 0, -1), i.topk_weights) for i in inputs]
-    check_combine(group, kept, y, out, [2])
+    check_combine(group, inputs, y, out, [1])
+    for rank, other in ((0, 2), (2, 0)):  # neither has anything from the other: there is one expert on a rank
+        kept = [type(i)(i.x, i.topk_ids.masked_fill(i.topk_ids == other, -1), i.topk_weights) for i in inputs]
+        check_combine(group, kept, y, out, [rank])
 
 
 def test_a_membership_change_ends_a_wait_at_once() -> None:
@@ -379,61 +353,27 @@ def test_a_rank_outside_the_view_gets_nothing_and_is_not_waited_for() -> None:
     assert group.ranks[0].missing(handle) == []
 
 
-class Watched:
-    """Stands for `Peers`: what a mask needs of it."""
-
-    def __init__(self, group: VirtualGroup) -> None:
-        self.lost: dict[int, str] = {}
-        self._group = group
-
-    def leave_out(self, ranks: int) -> None:
-        self._group.alive.fill_(((1 << len(self._group.ranks)) - 1) & ~ranks)
-
-
-def test_a_masked_rank_is_left_out_until_it_is_taken_back() -> None:
-    group = group_of(3, timeout_s=1000.0, experts=9)
-    steps = Steps(group)
-    steps.step([3, 3, 3])
-    peers = Watched(group)
-    masks = [Mask(rank, peers) for rank in group.ranks]  # type: ignore[arg-type]
-    inputs = make_inputs(group.config, 1, 0, [3, 2, 3])
-    waiting = [send(group, inputs, rank) for rank in (0, 1)]  # when rank 2 turns out to hang
-    for mask in masks[:2]:
-        mask.add([2])
-    y = expert_outputs(group, 0)
-    for phase in (lambda r, h: r.dispatch_recv(h), lambda r, h: r.combine_send(y[r.rank], h)):
-        for rank, handle in zip(group.ranks, waiting, strict=False):
-            phase(rank, handle)
-    for rank, handle in zip(group.ranks, waiting, strict=False):
-        rank.combine_recv(handle)
-        assert rank.missing(handle) == [2]
-        assert masks[rank.rank].to_words().tolist() == [0, 0, 1]
-        with pytest.raises(RankLost):
-            rank.check()
-    for number in range(2, 5):  # two ranks go on, and nothing is amiss
-        inputs = make_inputs(group.config, number, 0, [1, 3, 0])
-        handles = [send(group, inputs, rank) for rank in (0, 1)]
-        outs = steps.poisoned(None)
-        got = [group.ranks[r].dispatch_recv(handles[r], out=outs[r]) for r in (0, 1)]
-        check_dispatch(group, inputs, [*got, None], None, [0, 1])
-        for r in (0, 1):
-            group.ranks[r].combine_send(y[r], handles[r])
-        out = [group.ranks[r].combine_recv(handles[r]) for r in (0, 1)]
-        # A third of the experts is gone with rank 2, whose weights count for nothing.
-        left = [type(i)(i.x, i.topk_ids.masked_fill(i.topk_ids // 3 == 2, -1), i.topk_weights) for i in inputs]
-        check_combine(group, left, y, [*out, None], [0, 1])
-        for r in (0, 1):
-            group.ranks[r].check()
-    # Rank 2 made no step meanwhile; it is taken back where all ranks are at the same step.
-    group.ranks[2]._channels[0].live[group.layout.LIVE_STEP] = group.ranks[0]._channels[0].live[0]
-    for mask in masks:
-        mask.set(0)
-    assert masks[0].to_words().tolist() == [0, 0, 0]
-    assert group.alive.tolist() == [0b111]
-    fresh = Steps(group, seed=9)
-    fresh.step([3, 2, 3])
-    fresh.step([1, 2, 3])
-    peers.lost[1] = "died"
-    assert masks[0].news()
-    masks[0].set(0)  # who died stays out
-    assert masks[0].to_words().tolist() == [0, 1, 0] and not masks[0].news()
+@pytest.mark.parametrize("fp8", [None, "fp32", "ue8m0"])
+def test_both_halves_in_one_launch_match_the_oracle(fp8: ScaleFormat | None) -> None:
+    """As eager steps of GPU ranks are launched. One rank: in the interpreter, others could not send meanwhile."""
+    group = group_of(1, hidden=256, top_k=3, tokens=5)
+    rank = group.ranks[0]
+    for number, tokens in enumerate((5, 0, 3)):
+        inputs = make_inputs(group.config, number, 0, [tokens], holes=0.2)
+        mine, y = inputs[0], expert_outputs(group, number)
+        weights = mine.topk_weights if number != 2 else None
+        storage = Steps(group).poisoned(fp8)[0]
+        got = rank.dispatch(mine.x, mine.topk_ids, weights, fp8=fp8, out=storage, by_source=number == 2)
+        assert got.x is storage
+        assert number != 2 or (got.ranges is not None and torch.equal(got.ranges[:, 0], got.counts.long()))
+        check_dispatch(group, inputs, [got], fp8)
+        out = torch.full_like(mine.x, float("nan"))
+        times = torch.zeros(1, dtype=torch.int64)
+        if number == 2:
+            add_wait_times(rank, got.handle, times)
+        assert rank.combine(y[0], got.handle, mine.topk_weights if weights is None else None, out=out) is out
+        check_combine(group, inputs, y, [out])
+        assert (times[0] > 0) == (number == 2)
+        with pytest.raises(HandleError, match="finished"):
+            rank.combine(y[0], got.handle)
+    group.check()

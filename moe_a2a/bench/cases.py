@@ -15,6 +15,9 @@ from moe_a2a.fp8 import ScaleFormat
 from moe_a2a.types import Layout
 from moe_a2a.workload import Inputs, Routing, Trace, make_inputs
 
+#: DeepSeek-V3's experts per token and routed experts: the command line's defaults.
+TOP_K, EXPERTS = 8, 256
+
 #: dtype names of the command line -> (payload dtype, FP8 scales or None).
 DTYPES: dict[str, tuple[torch.dtype, ScaleFormat | None]] = {
     "bf16": (torch.bfloat16, None),
@@ -40,8 +43,11 @@ class Case:
 
     @property
     def name(self) -> str:
+        sizes = f"T={self.tokens}"
+        if (self.top_k, self.experts) != (TOP_K, EXPERTS):
+            sizes += f" K={self.top_k} E={self.experts}"
         routing = "" if self.routing == "uniform" else f" {self.routing.rsplit('/', 1)[-1]}"
-        return f"{self.layout} {self.dtype} T={self.tokens}{routing}"
+        return f"{self.layout} {self.dtype} {sizes}{routing}"
 
     @property
     def fp8(self) -> ScaleFormat | None:

@@ -14,17 +14,19 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from moe_a2a.bench.cases import DTYPES, Case
-from moe_a2a.bench.gpu import MODES, run_gpu_case
+from moe_a2a.bench.baselines import GPU_BASELINES, Baselines, why_absent
+from moe_a2a.bench.cases import DTYPES, EXPERTS, TOP_K, Case
+from moe_a2a.bench.gpu import run_gpu_case
 from moe_a2a.bench.launch import run_ranks
 from moe_a2a.bench.report import print_table, write_json, write_plot
+from moe_a2a.bench.timing import MODES
 from moe_a2a.bench.worker import Result, run_case
 from moe_a2a.config import Options
 from moe_a2a.errors import MoeA2AError
 from moe_a2a.types import LAYOUTS
 
 #: Baselines by device.
-_BASELINES = {"cpu": "gloo", "cuda": "nccl"}
+_BASELINES = {"cpu": ("gloo",), "cuda": GPU_BASELINES}
 
 
 def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> list[int]:
@@ -71,8 +73,10 @@ def _names(allowed: Sequence[str]) -> click.ParamType[list[str]]:
     "--tokens", default="8,128,1024", show_default=True, callback=_numbers, help="Tokens per rank, one case each."
 )
 @click.option("--hidden", type=int, default=7168, show_default=True, help="Hidden size.")
-@click.option("--experts", type=int, default=256, show_default=True, help="Routed experts of the group.")
-@click.option("--top-k", type=int, default=8, show_default=True, help="Experts per token.")
+@click.option(
+    "--experts", default=str(EXPERTS), show_default=True, callback=_numbers, help="Routed experts of the group."
+)
+@click.option("--top-k", default=str(TOP_K), show_default=True, callback=_numbers, help="Experts per token.")
 @click.option(
     "--dtype",
     type=_names(list(DTYPES)),
@@ -94,8 +98,9 @@ def _names(allowed: Sequence[str]) -> click.ParamType[list[str]]:
 )
 @click.option(
     "--baseline",
-    type=_names(list(_BASELINES.values())),
-    help="Peers in the same run; '' for none.  [default: gloo; with --device cuda, nccl]",
+    type=_names([name for names in _BASELINES.values() for name in names]),
+    help="Peers in the same run; '' for none.  [default: gloo; with --device cuda, nccl, and deep_ep and mooncake "
+    "where they are installed]",
 )
 @click.option("--protocol", default="tcp", show_default=True, help="Transfer Engine protocol between hosts.")
 @click.option("--device-filter", default="", help="RDMA devices of the engine.")
@@ -119,8 +124,8 @@ def bench(
     hosts: int | None,
     tokens: list[int],
     hidden: int,
-    experts: int,
-    top_k: int,
+    experts: list[int],
+    top_k: list[int],
     dtype: list[str],
     mode: list[str] | None,
     layout: list[str],
@@ -143,13 +148,15 @@ def bench(
     if ranks is None:
         ranks = _gpus() if device == "cuda" else 4
     world = int(os.environ.get("WORLD_SIZE", ranks))
-    chosen = [_BASELINES[device]] if baseline is None else baseline
-    _check_device(device, world, mode, layout, hosts, chosen)
+    _check_device(device, world, mode, layout, hosts, baseline)
+    chosen = _choose(device, baseline)
     kind = _routing(routing)
     cases = [
-        Case(t, hidden, top_k, experts, d, layout_name, kind, iterations or (50 if t <= 256 else 20), seed)  # type: ignore[arg-type]
+        Case(t, hidden, k, e, d, layout_name, kind, iterations or (50 if t <= 256 else 20), seed)  # type: ignore[arg-type]
         for layout_name in layout
         for d in dtype
+        for e in experts
+        for k in top_k
         for t in tokens
     ]
     try:
@@ -185,11 +192,11 @@ def _gpus() -> int:
 
 
 def _check_device(
-    device: str, world: int, mode: list[str] | None, layout: list[str], hosts: int | None, baselines: list[str]
+    device: str, world: int, mode: list[str] | None, layout: list[str], hosts: int | None, baselines: list[str] | None
 ) -> None:
-    """Refuse options that do not go together."""
-    for name in baselines:
-        if name != _BASELINES[device]:
+    """Refuse options that do not go together. baselines: as asked for."""
+    for name in baselines or ():
+        if name not in _BASELINES[device]:
             raise click.UsageError(f"--baseline {name} goes with another --device than {device}")
     if device == "cpu":
         if mode is not None:
@@ -201,8 +208,22 @@ def _check_device(
         raise click.UsageError(f"--layout {','.join(layout)}: GPU ranks have the masked layout so far")
     if hosts not in (None, 1):
         raise click.UsageError(f"--hosts {hosts}: GPU ranks are on one host")
-    if "nccl" in baselines and world > _gpus():
-        raise click.UsageError(f"--baseline nccl needs a GPU for each of {world} ranks, here are {_gpus()}; give ''")
+    if baselines != [] and world > _gpus():
+        raise click.UsageError(
+            f"--baseline {baselines[0] if baselines else 'nccl'} needs a GPU for each of {world} ranks, here are "
+            f"{_gpus()}; give ''"
+        )
+
+
+def _choose(device: str, asked: list[str] | None) -> list[str]:
+    """The baselines of a run. Asked for by name, a package that is missing is an error; by default it is left out."""
+    if asked is None:
+        return [name for name in _BASELINES[device] if why_absent(name) is None]
+    for name in asked:
+        why = why_absent(name)
+        if why is not None:
+            raise click.UsageError(f"--baseline {name}: {why}")
+    return asked
 
 
 def _routing(text: str) -> str:
@@ -217,10 +238,12 @@ def _routing(text: str) -> str:
 def _run_gpus(cases: list[Case], modes: list[str], options: Options, baselines: tuple[str, ...]) -> list[Result]:
     dist.init_process_group("gloo")
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    beside = Baselines(baselines, cases, torch.device("cuda", torch.cuda.current_device()))
     results = []
     for case in cases:
         fp8_only = Options(**{**vars(options), "fp8_only": case.fp8 is not None})
-        results += run_gpu_case(case, modes, fp8_only, baselines)
+        results += run_gpu_case(case, modes, fp8_only, beside)
+    beside.close()
     return results
 
 

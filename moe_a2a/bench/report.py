@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import moe_a2a
@@ -45,11 +46,14 @@ def versions() -> Result:
     found = {"moe_a2a": moe_a2a.__version__, "python": platform.python_version(), "torch": torch.__version__}
     found["numpy"] = version("numpy")
     found["engine"] = ", ".join(f"{name} {number}" for name, number in installed_versions().items()) or "none"
-    with contextlib.suppress(PackageNotFoundError):
-        found["triton"] = version("triton")
+    for name, wheel in (("triton", "triton"), ("deep_ep", "sgl-deep-ep"), ("deep_ep", "deep-ep")):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(wheel)
     return found
 
 
+#: Of dispatch and combine in plots.
+COLOURS = ("#2b6cb0", "#90cdf4")
 _COLUMNS = ("dispatch", "combine", "both", "transport", "network")
 
 
@@ -99,6 +103,9 @@ def print_table(cases: list[Result], console: Console) -> None:
         console.print(table)
         for problem in case["problems"]:
             console.print(f"[bold red]{problem}[/]", soft_wrap=True)
+        for name, base in case["baselines"].items():
+            if base.get("problem"):
+                console.print(f"[yellow]{name} was not timed: {escape(base['problem'])}[/]", soft_wrap=True)
 
 
 def write_json(path: str, command: str, cases: list[Result]) -> None:
@@ -108,25 +115,28 @@ def write_json(path: str, command: str, cases: list[Result]) -> None:
 
 
 def write_plot(path: str, cases: list[Result]) -> None:
-    """Bars of dispatch and combine, ours beside each baseline that has both (PNG or whatever the suffix says)."""
+    """Bars of dispatch and combine, ours beside each baseline that has both (PNG or whatever the suffix says). Times
+    are in ms, of GPU ranks in us."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    series = {"moe-a2a": cases}
-    for name in dict.fromkeys(n for case in cases for n, base in case["baselines"].items() if "dispatch_us" in base):
-        series[name] = [{**case, **case["baselines"][name]} for case in cases]
+    names = dict.fromkeys(n for case in cases for n, base in case["baselines"].items() if "dispatch_us" in base)
+    gpu = bool(cases) and cases[0]["device"] == "cuda"
+    scale = 1.0 if gpu else 1e3
     figure, axes = plt.subplots(1, len(cases), figsize=(2.2 + 2.4 * len(cases), 4), squeeze=False)
-    for axis, (place, case) in zip(axes[0], enumerate(cases), strict=True):
-        for x, entries in enumerate(series.values()):
-            entry = entries[place]
-            dispatch, combine = entry["dispatch_us"]["p50"] / 1e3, entry["combine_us"]["p50"] / 1e3
-            axis.bar(x, dispatch, color="#2b6cb0", label="dispatch" if x == 0 else None)
-            axis.bar(x, combine, bottom=dispatch, color="#90cdf4", label="combine" if x == 0 else None)
-        axis.set_xticks(range(len(series)), list(series))
+    for axis, case in zip(axes[0], cases, strict=True):
+        entries = {"moe-a2a": case, **{name: case["baselines"].get(name, {}) for name in names}}
+        for x, entry in enumerate(entries.values()):
+            if "dispatch_us" not in entry:
+                continue
+            dispatch, combine = entry["dispatch_us"]["p50"] / scale, entry["combine_us"]["p50"] / scale
+            axis.bar(x, dispatch, color=COLOURS[0], label="dispatch" if x == 0 else None)
+            axis.bar(x, combine, bottom=dispatch, color=COLOURS[1], label="combine" if x == 0 else None)
+        axis.set_xticks(range(len(entries)), list(entries))
         axis.set_title(f"{case['name']}\n{case['ranks']} ranks, {case['hosts']} host(s)", fontsize=9)
-    axes[0][0].set_ylabel("ms, p50 of the slowest rank")
+    axes[0][0].set_ylabel("us, p50 of all ranks" if gpu else "ms, p50 of the slowest rank")
     axes[0][0].legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)

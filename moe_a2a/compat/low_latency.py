@@ -133,8 +133,12 @@ class LowLatency:
 
         with self.comm.launching(async_finish):
             steps.make_room()
-            sent = a2a.dispatch_send(x, topk_idx, fp8=fp8)
-            got = a2a.reserve(sent, by_source=True)
+            whole = not return_recv_hook and wait_stats is None
+            if whole:
+                got = a2a.dispatch(x, topk_idx, fp8=fp8, by_source=True)
+            else:
+                got = a2a.reserve(a2a.dispatch_send(x, topk_idx, fp8=fp8), by_source=True)
+            sent = got.handle
             assert got.ranges is not None
             steps.count += 1
             # New views: callers empty what they have used with set_(), and the storage is used again.
@@ -143,9 +147,10 @@ class LowLatency:
             steps.open.append(Step(steps, steps.count, sent, x.shape[0], src_info, capturing(a2a.device)))
 
             def receive() -> None:
-                if wait_stats is not None:
-                    a2a.add_wait_times(sent, wait_stats)
-                a2a.dispatch_recv(sent)
+                if not whole:
+                    if wait_stats is not None:
+                        a2a.add_wait_times(sent, wait_stats)
+                    a2a.dispatch_recv(sent)
                 if expert_stats is not None:
                     expert_stats.add_(got.counts)
 
@@ -196,10 +201,12 @@ class LowLatency:
         with self.comm.launching(async_finish):
             if wait_stats is not None:
                 a2a.add_wait_times(step.handle, wait_stats)
-            a2a.combine_send(rows, step.handle, topk_weights)
-            step.finish = finish
-            if not return_recv_hook:
-                finish()
+            if return_recv_hook:
+                a2a.combine_send(rows, step.handle, topk_weights)
+                step.finish = finish
+            else:
+                a2a.combine(rows, step.handle, topk_weights, out=result)
+                steps.open.remove(step)
         event = self.comm.finished(async_finish, (rows, topk_idx, topk_weights, result, wait_stats))
         return result, event, self.comm.later(finish) if return_recv_hook else None
 
@@ -215,20 +222,21 @@ class LowLatency:
 
     def mask(self, rank: int, masked: bool) -> None:
         """Leave a rank out, or take it back."""
-        self._set_mask(self._mask_bits() | 1 << rank if masked else self._mask_bits() & ~(1 << rank), rank)
+        before, bit = self._mask_bits(), 1 << rank
+        self._masked = before | bit if masked else before & ~bit
+        for steps in self._all.values():
+            mask = _mask_of(steps.a2a)
+            if masked:
+                mask.leave_out(bit)
+            else:
+                mask.take_back(bit)
 
     def clean_mask(self) -> None:
         """Take back all ranks that live."""
         self._mask_bits()
-        self._set_mask(0, None)
-
-    def _set_mask(self, ranks: int, only: int | None) -> None:
-        """only: the rank whose bit changes; what objects have found out about the others stays."""
-        self._masked = ranks
+        self._masked = 0
         for steps in self._all.values():
-            mask = _mask_of(steps.a2a)
-            keep = mask.ranks & ~(1 << only) if only is not None else 0
-            mask.set(ranks | keep)
+            _mask_of(steps.a2a).take_back((1 << self._group.size()) - 1)
 
     def mask_words(self) -> torch.Tensor:
         """int32 [R], 1 for each rank that is left out or was missing from a step."""
@@ -240,6 +248,7 @@ class LowLatency:
         return words
 
     def _mask_bits(self) -> int:
+        """Ranks that were masked by hand."""
         if self._masked is None:
             raise HandleError("this Buffer has no mask: make it with enable_shrink=True")
         return self._masked
@@ -261,7 +270,7 @@ class LowLatency:
         config = Config(experts, hidden, top_k, max_tokens, channels=(f"{self._name}.{len(self._all)}",))
         a2a = AllToAll(config, self._group, device=self._device, options=self._options)
         if self._masked is not None:
-            _mask_of(a2a, new=True).set(self._masked)
+            _mask_of(a2a, new=True).leave_out(self._masked)
         steps = Steps(a2a)
         self._all[max_tokens, hidden, experts, top_k] = steps
         return steps

@@ -16,12 +16,12 @@ from moe_a2a.backend import Health
 from moe_a2a.bootstrap import Bootstrap
 from moe_a2a.config import Config, Options
 from moe_a2a.errors import HandleError, InputError, RankLost
-from moe_a2a.fp8 import FP8, ScaleFormat
+from moe_a2a.fp8 import ScaleFormat
 from moe_a2a.gpu import inputs
 from moe_a2a.gpu.handle import GpuHandle
 from moe_a2a.gpu.layout import Layout as Places
 from moe_a2a.gpu.rendezvous import find_device, meet
-from moe_a2a.gpu.report import NO_BAD_INPUT
+from moe_a2a.gpu.report import NO_BAD_INPUT, NOTHING
 from moe_a2a.step import Phase
 from moe_a2a.types import Handle, Layout, Masked
 
@@ -63,7 +63,7 @@ class GpuBackend:
             )
             self._seen = torch.tensor([NO_BAD_INPUT, 0], dtype=torch.int64).pin_memory()
             torch.cuda.synchronize()
-        self._news = self._seen.numpy()
+        self._news = memoryview(self._seen.numpy().data)
         self._since, self._copied = 0, time.monotonic()
         self._compiled: set[tuple[object, ...]] = set()
         self._compiling: GpuHandle | None = None
@@ -71,15 +71,27 @@ class GpuBackend:
 
     # dispatch
 
-    def check_dispatch(
-        self, x: torch.Tensor, layout: Layout, fp8: ScaleFormat | None, out: torch.Tensor | None
-    ) -> None:
+    def dispatch(
+        self,
+        x: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor | None,
+        scales: torch.Tensor | None,
+        fp8: ScaleFormat | None,
+        channel: str | None,
+        layout: Layout,
+        alignment: int,
+        out: torch.Tensor | None,
+        by_source: bool,
+    ) -> Masked:
         _check_layout(layout)
-        if out is not None:
-            quantised = fp8 is not None or (isinstance(x, torch.Tensor) and x.dtype == FP8)
-            places = self._layout
-            shape = (places.E_L, places.CAP, places.H)
-            inputs.check_tensor("out", out, shape, (FP8 if quantised else self.config.dtype,), self.device)
+        self._ready()
+        with self._current():
+            got = self.rank.dispatch(
+                x, topk_ids, topk_weights, scales=scales, fp8=fp8, channel=channel, out=out, by_source=by_source
+            )
+            self._sent(got.handle)
+        return got
 
     def dispatch_send(
         self,
@@ -90,11 +102,10 @@ class GpuBackend:
         fp8: ScaleFormat | None,
         channel: str | None,
     ) -> Handle:
-        self._health.check()
-        self._look()
+        self._ready()
         with self._current():
             handle = self.rank.dispatch_send(x, topk_ids, topk_weights, scales=scales, fp8=fp8, channel=channel)
-            self._allow_for_compiling(handle)
+            self._sent(handle)
         return handle
 
     def reserve(self, handle: Handle, by_source: bool, out: torch.Tensor | None) -> Masked:
@@ -106,14 +117,18 @@ class GpuBackend:
         self._health.check()
         _check_layout(layout)
         with self._current():
-            self._watch(handle, Places.DISPATCH)
             return self.rank.dispatch_recv(handle, out=out)
 
     # combine
 
-    def check_combine(self, handle: Handle, out: torch.Tensor) -> None:
-        tokens = self._own(handle).tokens
-        inputs.check_tensor("out", out, (tokens, self._layout.H), (self.config.dtype,), self.device)
+    def combine(
+        self, y: torch.Tensor, handle: Handle, topk_weights: torch.Tensor | None, out: torch.Tensor | None
+    ) -> torch.Tensor:
+        self._health.check()
+        with self._current():
+            result = self.rank.combine(y, handle, topk_weights, out=out)
+            self._ended(handle)
+        return result if out is None else out
 
     def combine_send(self, y: torch.Tensor, handle: Handle, topk_weights: torch.Tensor | None) -> None:
         mine, places = self._own(handle), self._layout
@@ -122,13 +137,11 @@ class GpuBackend:
         with self._current():
             if topk_weights is not None:
                 self.rank.weights_push(handle, topk_weights)
-                self._watch(handle, Places.WEIGHTS)
             self.rank.combine_send(y, handle)
 
     def combine_recv(self, handle: Handle, out: torch.Tensor | None) -> torch.Tensor:
         self._health.check()
         with self._current():
-            self._watch(handle, Places.COMBINE)
             result = self.rank.combine_recv(handle, out=out)
             self._ended(handle)
         return result if out is None else out
@@ -139,19 +152,13 @@ class GpuBackend:
         self._own(handle)
         add_wait_times(self.rank, handle, into)
 
-    def _watch(self, handle: Handle, phase: int) -> None:
-        """Measure the wait of the launch that follows, if somebody asked for it."""
-        if isinstance(handle, GpuHandle) and handle.wait_times is not None:
-            from moe_a2a.gpu.wait_times import watch
-
-            watch(self.rank, handle, phase)
-
     def discard(self, handle: Handle) -> None:
-        from moe_a2a.gpu.discard import discard
+        from moe_a2a.gpu.discard import discard_recv, discard_send
 
         self._health.check()
         with self._current():
-            discard(self.rank, handle)
+            discard_send(self.rank, handle)
+            discard_recv(self.rank, handle)
             self._ended(handle)
 
     def tolerate_missing(self) -> Mask:
@@ -163,21 +170,32 @@ class GpuBackend:
 
     # what went wrong
 
+    def missing(self, handle: Handle) -> list[int]:
+        self._health.check_open()
+        torch.cuda.synchronize(self.device)
+        with self._current():
+            return self.rank.missing(handle)
+
     def check(self) -> None:
         self._health.check()
         torch.cuda.synchronize(self.device)
         self._raise_reports()
         self._copy_reports()
 
+    def _ready(self) -> None:
+        """Before a step begins: raise what is known to have gone wrong, without asking the device on the good path."""
+        self._health.check()
+        if self._peers.lost or self._news[0] != NO_BAD_INPUT or self._news[1] or self._news[2]:
+            self._look()
+
     def _look(self) -> None:
-        """Raise what is known without asking the device."""
-        gone = bool(self._peers.lost) if self._mask is None else self._mask.news()
-        if gone or self._news[0] != NO_BAD_INPUT or self._news[1]:
-            if torch.cuda.is_current_stream_capturing():
-                return  # the device cannot be asked; the call after the capture raises it
-            self._raise_reports()
+        """Raise what is known to have gone wrong."""
+        if self._mask is not None and self._news[0] == NO_BAD_INPUT and not self._news[2]:
+            return  # ranks are missing, as they may be with a mask: kernels leave them out
+        if torch.cuda.is_current_stream_capturing():
+            return  # the device cannot be asked; the call after the capture raises it
+        self._raise_reports()
         if self._mask is not None:
-            self._mask.add(self._peers.lost)
             return
         try:
             self._peers.check()
@@ -187,14 +205,15 @@ class GpuBackend:
 
     def _raise_reports(self) -> None:
         """Raise what kernels of this device have found. Waits for the current stream."""
-        self._news[:] = NO_BAD_INPUT, 0
+        self._news[0], self._news[1], self._news[2] = NOTHING
         try:
             with self._current():
                 self.rank.check()
+        except HandleError as error:
+            self._health.broken = error
+            raise
         except RankLost as error:
             if self._mask is not None:
-                with self._current():
-                    self._mask.add(error.ranks)
                 return
             # A death ends waits for others too, who may have been waiting for the same rank: blame the origin.
             origin = [rank for rank in error.ranks if rank in self._peers.lost]
@@ -237,8 +256,9 @@ class GpuBackend:
             raise HandleError("this handle belongs to another AllToAll; use it with the object that made it")
         return handle
 
-    def _allow_for_compiling(self, handle: GpuHandle) -> None:
+    def _sent(self, handle: Handle) -> None:
         """A step of a kind that this rank has not made before may meet ranks that are still compiling its kernels."""
+        assert isinstance(handle, GpuHandle)
         kind = (handle.bits, handle.has_weights)
         if kind not in self._compiled and not torch.cuda.is_current_stream_capturing():
             self._compiled.add(kind)

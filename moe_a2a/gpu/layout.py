@@ -13,8 +13,8 @@ Region: symmetric, mapped and written by the peers. One for each channel; it hol
     sums     bytes [R, M, H * itemsize]  rows that come back at combine, one for each rank that a token went to
 
 State: the rank's own, seen by nobody else. One `control` for each rank, one `live` for each channel, and one handle,
-`hits` and `places` for each step that may be open (two for each channel). All of `control`, `live`, a handle and
-`report` are int64 words, named below.
+`hits` and `places` for each step that may be open (two for each channel, and one for each step of a captured graph).
+All of `control`, `live`, a handle, `report` and the words in host memory are int64, named below.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ class Layout:
     WEIGHTS: ClassVar[int] = 2
     PHASES: ClassVar[int] = 3
 
-    # Words of `control`, written by the host. A new view is written as "next", with the step at which it begins last.
+    # Words of `control`, written by the host. A new view is written as "next", with the step at which it begins last,
+    # and before it the word GIVEN_UP of its epoch as 0.
     EPOCH: ClassVar[int] = 0
     MASK: ClassVar[int] = 1
     NEXT_EPOCH: ClassVar[int] = 2
@@ -75,22 +76,28 @@ class Layout:
     NEXT_STEP: ClassVar[int] = 4
     BUDGET_NS: ClassVar[int] = 5
     INCARNATION: ClassVar[int] = 6
-    CONTROL_WORDS: ClassVar[int] = 8
+    GIVEN_UP: ClassVar[int] = 7  # + epoch & 1; written by kernels: ranks that this rank found missing in that view
+    CONTROL_WORDS: ClassVar[int] = 9
 
-    # Words of `live`: the last step that was sent, and how many programs of a running kernel have finished.
+    # Words of `live`: the last step that was sent, how many programs of a running kernel have finished, and the step of
+    # each parity that is open here.
     LIVE_STEP: ClassVar[int] = 0
     FINISHED: ClassVar[int] = 1  # + phase
+    OPEN: ClassVar[int] = 4  # + step & 1; 0 if none is
     LIVE_WORDS: ClassVar[int] = 8
 
-    # Words of a handle, written by send; what receive and combine find out is kept here too.
+    # Words of a handle, all of them written by send; what receive and combine find out is kept here too.
     STEP: ClassVar[int] = 0
     VIEW_MASK: ClassVar[int] = 1
     VIEW_EPOCH: ClassVar[int] = 2
     RECEIVED: ClassVar[int] = 3  # sources whose rows receive took
     LONGEST: ClassVar[int] = 4  # the most tokens that one of them brought
-    MISSING: ClassVar[int] = 5  # ranks that are missing from this step, whatever the phase
-    DEADLINE: ClassVar[int] = 6  # + phase; 0 until somebody has to wait
-    VERDICT: ClassVar[int] = 9  # + phase; 0 unless a deadline came near
+    ROWS: ClassVar[int] = 5  # 1; 0 with RECEIVED and LONGEST once the step is discarded: its end brings flags only
+    MISSING: ClassVar[int] = 6  # ranks that are missing from this step, whatever the phase
+    EXPECTED: ClassVar[int] = 7  # ranks whose COMBINE flag is waited for: those that are not missing so far
+    DEADLINE: ClassVar[int] = 8  # + phase; 0 until somebody has to wait
+    VERDICT: ClassVar[int] = 11  # + phase; 0 unless a deadline came near
+    SENT: ClassVar[int] = 15  # 1 from the end of dispatch's sending half to that of combine's
     HANDLE_WORDS: ClassVar[int] = 16
 
     # Words of a header.
@@ -104,7 +111,15 @@ class Layout:
     # Words of `report`, for the host.
     BAD_INPUT: ClassVar[int] = 0  # NO_BAD_INPUT, or the first wrong input: see `moe_a2a.gpu.report`
     LOST: ClassVar[int] = 1  # ranks that were ever missing
-    REPORT_WORDS: ClassVar[int] = 2
+    MISUSE: ClassVar[int] = 2  # STARTED_EARLY, ENDED_TWICE
+    REPORT_WORDS: ClassVar[int] = 3
+    STARTED_EARLY: ClassVar[int] = 1  # a step was sent while the one before the last was open
+    ENDED_TWICE: ClassVar[int] = 2  # a step was combined that was not open
+
+    # Words in host memory, which host and kernels both read and write at any time.
+    ALIVE: ClassVar[int] = 0  # written by the host: a bit for each rank that lives
+    TOLD: ClassVar[int] = 1  # written by kernels: LOST, so that the host hears of it without asking the device
+    HOST_WORDS: ClassVar[int] = 2
 
     #: Bits of a table word that hold the local expert.
     EXPERT_BITS: ClassVar[int] = 10
