@@ -286,6 +286,8 @@ class MaskedRank:
             raise HandleError("this handle belongs to another rank; use it with the object that made it")
         if handle.phase is not needed:
             raise HandleError(f"{handle!r}; this call needs a step that is {needed.value}")
+        if handle.captured and not torch.cuda.is_current_stream_capturing():
+            raise HandleError(f"{handle!r}, in a CUDA graph's capture; its other calls belong into a capture too")
         self._check_device()
         return handle, self._channels[self.config.channels.index(handle.channel)]
 

@@ -190,6 +190,11 @@ def _replays_inside_an_open_step(ctx: Ctx, gpus: tuple[int, ...]) -> None:
         if turn % 2:
             member.step(second, "fp32")
     a2a.check()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        captured = a2a.dispatch_send(*graphs[0].arguments)
+    with pytest.raises(HandleError, match="its other calls belong into a capture too"):
+        a2a.dispatch_recv(captured)
     handle = member.send(first)
     got = a2a.dispatch_recv(handle, out=member.poisoned(None))
     for _ in range(3):  # the second finds the eager step's buffers in use, and the third may go again
