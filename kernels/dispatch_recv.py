@@ -63,7 +63,7 @@ def _copy_scales(
 
 @triton.jit(do_not_specialize=["rank"])
 def _dispatch_recv(
-    x, scales, counts, source, region, control, alive, handle, places, report, rank,
+    x, scales, counts, source, region, control, alive, live, handle, places, report, rank,
     BITS: tl.constexpr, SCALES: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, EXPERTS: tl.constexpr,
     L: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
@@ -128,7 +128,7 @@ def _dispatch_recv(
         tl.store(handle + L.EXPECTED, good)
         tl.store(handle + L.LONGEST, longest.to(tl.int64))
         if good != want:
-            record_missing(want & ~good, handle, control, alive, report, L)
+            record_missing(want & ~good, handle, live, alive, report, L)
 
 
 def dispatch_recv(
@@ -143,6 +143,7 @@ def dispatch_recv(
     region: torch.Tensor,
     control: torch.Tensor,
     alive: torch.Tensor,
+    live: torch.Tensor,
     handle: torch.Tensor,
     places: torch.Tensor,
     report: torch.Tensor,
@@ -168,6 +169,7 @@ def dispatch_recv(
             region,
             control,
             alive,
+            live,
             handle,
             places,
             report,

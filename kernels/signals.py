@@ -183,14 +183,14 @@ def wait(region, handle, control, alive, PHASE: tl.constexpr, want, step, L: tl.
 
 
 @triton.jit
-def record_missing(lost, handle, control, alive, report, L: tl.constexpr):
+def record_missing(lost, handle, live, alive, report, L: tl.constexpr):
     """Write down that ranks are missing from a step: for the step, for those to come in this view, and for the host.
 
     lost: mask of ranks, not 0. Only for one program of a launch.
     """
     epoch = tl.load(handle + L.VIEW_EPOCH)
     tl.atomic_or(handle + L.MISSING, lost)
-    tl.atomic_or(control + L.GIVEN_UP + (epoch & 1), lost)
+    tl.atomic_or(live + L.GIVEN_UP + (epoch & 1), lost)
     tl.store(alive + L.TOLD, tl.atomic_or(report + L.LOST, lost) | lost)
 
 

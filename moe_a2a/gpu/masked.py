@@ -195,7 +195,6 @@ class MaskedRank:
             rows,
             not mine.has_weights,
             peers=state.peers,
-            live=state.live,
             places=mine.slot.places,
             **self._waiting(mine, state),
         )
@@ -213,7 +212,6 @@ class MaskedRank:
         combine_recv(
             self.layout,
             result,
-            live=state.live,
             hits=mine.slot.hits,
             **self._waiting(mine, state),
         )
@@ -253,6 +251,7 @@ class MaskedRank:
             "region": state.region,
             "control": self.control,
             "alive": self._alive,
+            "live": state.live,
             "handle": mine.slot.handle,
             "report": self.report,
             "processors": self._processors,
