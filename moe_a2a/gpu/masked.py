@@ -140,7 +140,6 @@ class MaskedRank:
             result.source,
             largest_weight=self._largest_weight,
             peers=state.peers,
-            live=state.live,
             hits=handle.slot.hits,
             places=handle.slot.places,
             **self._waiting(handle, state),
@@ -230,7 +229,6 @@ class MaskedRank:
             not mine.has_weights,
             result,
             peers=state.peers,
-            live=state.live,
             hits=mine.slot.hits,
             places=mine.slot.places,
             **self._waiting(mine, state),
@@ -272,7 +270,6 @@ class MaskedRank:
             rows,
             not mine.has_weights,
             peers=state.peers,
-            live=state.live,
             places=mine.slot.places,
             **self._waiting(mine, state),
         )
@@ -286,7 +283,6 @@ class MaskedRank:
         combine_recv(
             self.layout,
             result,
-            live=state.live,
             hits=mine.slot.hits,
             **self._waiting(mine, state),
         )
@@ -343,6 +339,7 @@ class MaskedRank:
             "region": state.region,
             "control": self.control,
             "alive": self._alive,
+            "live": state.live,
             "handle": mine.slot.handle,
             "report": self.report,
             "processors": self._processors,
@@ -379,6 +376,8 @@ class MaskedRank:
             raise HandleError("this handle belongs to another rank; use it with the object that made it")
         if handle.phase is not needed:
             raise HandleError(f"{handle!r}; this call needs a step that is {needed.value}")
+        if handle.captured and not torch.cuda.is_current_stream_capturing():
+            raise HandleError(f"{handle!r}, in a CUDA graph's capture; its other calls belong into a capture too")
         self._check_device()
         return handle, self._channels[self.config.channels.index(handle.channel)]
 
