@@ -41,6 +41,8 @@ def add_sums(
     arrived, excluded = wait(pid, block, handle, control, alive, L.COMBINE, want, step, L, LANES)
     # In a step that is discarded everybody says "excluded", and that is how it should be.
     good = arrived & ~tl.where(has_rows, excluded, 0)
+    if pid == 0:  # early, so that it costs no time; only later launches look at it
+        tl.atomic_cas(live + L.OPEN + (step & 1), step, tl.full([], 0, tl.int64), sem="relaxed")
 
     BLOCKS: tl.constexpr = (L.H + BLOCK - 1) // BLOCK
     DTYPE: tl.constexpr = out.dtype.element_ty
@@ -57,10 +59,8 @@ def add_sums(
             total += tl.load(row + column, mask=inside & has_bit(hit, r), other=0.0).to(tl.float32)
         tl.store(out + t.to(tl.int64) * L.H + column, to_payload(total, DTYPE), mask=inside)
 
-    if pid == 0:
-        tl.atomic_cas(live + L.OPEN + (step & 1), step, tl.full([], 0, tl.int64))
-        if good != want:
-            record_missing(want & ~good, handle, control, alive, report, L)
+    if (pid == 0) & (good != want):
+        record_missing(want & ~good, handle, live, alive, report, L)
 
 
 @triton.jit(do_not_specialize=["tokens"])

@@ -81,7 +81,7 @@ def send_sums(
         tl.store(handle + L.SENT, tl.full([], 0, tl.int64))
         if received != came:
             tl.store(handle + L.EXPECTED, received)
-            record_missing(came & ~received, handle, control, alive, report, L)
+            record_missing(came & ~received, handle, live, alive, report, L)
         if has_ended:
             tl.store(handle + L.EXPECTED, tl.full([], 0, tl.int64))
             tl.atomic_or(report + L.MISUSE, tl.full([], L.ENDED_TWICE, tl.int64))

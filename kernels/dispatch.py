@@ -45,8 +45,8 @@ def _dispatch(
     else:
         until_sent(handle, L, LANES)
         receive_tokens(
-            pid - senders, tl.num_programs(0) - senders, x, scales, counts, source, ranges, region, control, alive,
-            handle, places, report, rank, BITS, SCALES, BY_SOURCE, OUT_WORDS, BLOCK, EXPERTS, L, LANES,
+            pid - senders, tl.num_programs(0) - senders, x, scales, counts, source, ranges, region, control,
+            alive, live, handle, places, report, rank, BITS, SCALES, BY_SOURCE, OUT_WORDS, BLOCK, EXPERTS, L, LANES,
         )  # fmt: skip
 
 

@@ -68,7 +68,7 @@ def _copy_scales(
 
 @triton.jit
 def receive_tokens(
-    pid, programs, x, scales, counts, source, ranges, region, control, alive, handle, places, report, rank,
+    pid, programs, x, scales, counts, source, ranges, region, control, alive, live, handle, places, report, rank,
     BITS: tl.constexpr, SCALES: tl.constexpr, BY_SOURCE: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr,
     EXPERTS: tl.constexpr, L: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
@@ -135,18 +135,18 @@ def receive_tokens(
         tl.store(handle + L.EXPECTED, good)
         tl.store(handle + L.LONGEST, longest.to(tl.int64))
         if good != want:
-            record_missing(want & ~good, handle, control, alive, report, L)
+            record_missing(want & ~good, handle, live, alive, report, L)
 
 
 @triton.jit(do_not_specialize=["rank"])
 def _dispatch_recv(
-    x, scales, counts, source, ranges, region, control, alive, handle, places, report, rank,
+    x, scales, counts, source, ranges, region, control, alive, live, handle, places, report, rank,
     BITS: tl.constexpr, SCALES: tl.constexpr, BY_SOURCE: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr,
     EXPERTS: tl.constexpr, L: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     receive_tokens(
-        tl.program_id(0), tl.num_programs(0), x, scales, counts, source, ranges, region, control, alive, handle, places,
-        report, rank, BITS, SCALES, BY_SOURCE, WORDS, BLOCK, EXPERTS, L, LANES,
+        tl.program_id(0), tl.num_programs(0), x, scales, counts, source, ranges, region, control, alive, live, handle,
+        places, report, rank, BITS, SCALES, BY_SOURCE, WORDS, BLOCK, EXPERTS, L, LANES,
     )  # fmt: skip
 
 
@@ -163,6 +163,7 @@ def dispatch_recv(
     region: torch.Tensor,
     control: torch.Tensor,
     alive: torch.Tensor,
+    live: torch.Tensor,
     handle: torch.Tensor,
     places: torch.Tensor,
     report: torch.Tensor,
@@ -185,6 +186,7 @@ def dispatch_recv(
             region,
             control,
             alive,
+            live,
             handle,
             places,
             report,

@@ -204,8 +204,8 @@ def send_tokens(
     epoch = tl.load(control + L.EPOCH)
     next_mask = tl.load(control + L.NEXT_MASK)
     next_epoch = tl.load(control + L.NEXT_EPOCH)
-    gone_even = tl.load(control + L.GIVEN_UP)
-    gone_odd = tl.load(control + (L.GIVEN_UP + 1))
+    gone_even = tl.load(live + L.GIVEN_UP)
+    gone_odd = tl.load(live + (L.GIVEN_UP + 1))
     too_early = open_step(live, step, L) != 0
     view = tl.where(step >= begins, next_mask, mask)
     epoch = tl.where(step >= begins, next_epoch, epoch)

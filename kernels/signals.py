@@ -26,7 +26,11 @@ How a wait ends, always and for all programs alike
     - if N read none, or a later one, it read it before G's was written, which was at least MARGIN_NS before that
       deadline. N's poll took less than MARGIN_NS, so N read its flags before the deadline was over, and G after it.
     Both take for granted that an atomic lands within MARGIN_NS of the clock reading in front of it; G waits that much
-    longer. So N read the flag of s first, and they never both happen.
+    longer. So N read the flag of s first, and they never both happen. (With more than 31 ranks the flags are read by
+    two warps, and only the one that reads the deadline is timed.)
+
+    Decisions come out of a reduction over the whole CTA, with one lane a thread (`lanes` = 32 * num_warps): scalars
+    that each thread loads for itself could differ between warps, and warps that disagree do not meet at a barrier.
 
 After a wait that gave a source up
     The source may be late and not dead. It is out of this rank's next dispatches until a new view has it
@@ -34,9 +38,6 @@ After a wait that gave a source up
     flags of steps that are open already. So no later step can write over rows that the late source still reads, or take
     its late rows for its own, and the rest of the step need not wait for it again: that the others are done (EXPECTED)
     is enough to use their buffers again. The late source finds the flag "excluded", and this rank missing.
-
-    Decisions come out of a reduction over the whole CTA, with one lane a thread (`lanes` = 32 * num_warps): scalars
-    that each thread loads for itself could differ between warps, and warps that disagree do not meet at a barrier.
 
 In Triton's interpreter PTX cannot run: PORTABLE then chooses plain loads and the host's clock.
 """
@@ -205,14 +206,14 @@ def watch(region, handle, control, alive, PHASE: tl.constexpr, source, step, L: 
 
 
 @triton.jit
-def record_missing(lost, handle, control, alive, report, L: tl.constexpr):
+def record_missing(lost, handle, live, alive, report, L: tl.constexpr):
     """Write down that ranks are missing from a step: for the step, for those to come in this view, and for the host.
 
     lost: mask of ranks, not 0. Only for one program of a launch.
     """
     epoch = tl.load(handle + L.VIEW_EPOCH)
     tl.atomic_or(handle + L.MISSING, lost)
-    tl.atomic_or(control + L.GIVEN_UP + (epoch & 1), lost)
+    tl.atomic_or(live + L.GIVEN_UP + (epoch & 1), lost)
     tl.store(alive + L.TOLD, tl.atomic_or(report + L.LOST, lost) | lost)
 
 

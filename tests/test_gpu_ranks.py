@@ -119,9 +119,19 @@ def test_a_rank_that_closed_or_is_reported_missing_loses_its_bit(trio: Trio) -> 
     until(lambda: trio.alive[0] == 0b011)
     trio.others[1].close()
     until(lambda: trio.alive[0] == 0b001)
-    with pytest.raises(RankLost, match="rank 2 is missing, as rank 1 reports; rank 1 closed its AllToAll") as caught:
+    with pytest.raises(RankLost, match=r"rank 0: rank 2 is missing, as rank 1 reports$") as caught:
         trio.peers.check()
-    assert caught.value.ranks == (1, 2)
+    assert caught.value.ranks == (2,)  # rank 1 closed because of it
+
+
+def test_ranks_that_closed_of_their_own_accord_are_blamed(trio: Trio) -> None:
+    trio.others[1].close()
+    trio.others[2].set_fault(1)
+    trio.others[2].close()
+    until(lambda: trio.alive[0] == 0b001)
+    with pytest.raises(RankLost, match=r"rank 0: rank 1 closed its AllToAll$") as caught:
+        trio.peers.check()
+    assert caught.value.ranks == (1,)
 
 
 def test_what_this_rank_misses_reaches_the_others_and_ends_its_own_waits(trio: Trio) -> None:

@@ -142,7 +142,7 @@ def test_a_new_view_may_bring_back_a_rank_that_was_given_up() -> None:
     for number in range(2):
         step_without(group, make_inputs(group.config, 1 + number, 0, [3, 2, 3]), 2)
     for rank in group.ranks:
-        rank.control[layout.GIVEN_UP] = 0  # the word of epoch 2
+        rank._channels[0].live[layout.GIVEN_UP] = 0  # the word of epoch 2
         rank.control[layout.NEXT_EPOCH], rank.control[layout.NEXT_MASK], rank.control[layout.NEXT_STEP] = 2, 0b111, 4
         rank.report[layout.LOST] = 0
     live = group.ranks[2]._channels[0].live

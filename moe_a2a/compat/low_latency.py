@@ -223,20 +223,24 @@ class LowLatency:
     def mask(self, rank: int, masked: bool) -> None:
         """Leave a rank out, or take it back."""
         before, bit = self._mask_bits(), 1 << rank
-        self._masked = before | bit if masked else before & ~bit
-        for steps in self._all.values():
-            mask = _mask_of(steps.a2a)
-            if masked:
-                mask.leave_out(bit)
-            else:
-                mask.take_back(bit)
+        self._change_mask(before | bit if masked else before & ~bit, bit, masked)
 
     def clean_mask(self) -> None:
         """Take back all ranks that live."""
         self._mask_bits()
-        self._masked = 0
-        for steps in self._all.values():
-            _mask_of(steps.a2a).take_back((1 << self._group.size()) - 1)
+        self._change_mask(0, (1 << self._group.size()) - 1, False)
+
+    def _change_mask(self, by_hand: int, ranks: int, masked: bool) -> None:
+        if capturing(self._device):
+            raise HandleError("the mask cannot be changed inside a graph capture: every replay would change it again")
+        self._masked = by_hand
+        with self.comm.launching(False):
+            for steps in self._all.values():
+                mask = _mask_of(steps.a2a)
+                if masked:
+                    mask.leave_out(ranks)
+                else:
+                    mask.take_back(ranks)
 
     def mask_words(self) -> torch.Tensor:
         """int32 [R], 1 for each rank that is left out or was missing from a step."""

@@ -215,10 +215,11 @@ class GpuBackend:
         except RankLost as error:
             if self._mask is not None:
                 return
-            # A death ends waits for others too, who may have been waiting for the same rank: blame the origin.
-            origin = [rank for rank in error.ranks if rank in self._peers.lost]
+            # Ranks that missed another, and closed, are missing too: blame the origin.
+            blamed = self._peers.blamed()
+            origin = [rank for rank in error.ranks if rank in blamed]
             if origin:
-                why = "; ".join(f"rank {rank} {self._peers.lost[rank]}" for rank in origin)
+                why = "; ".join(f"rank {rank} {blamed[rank]}" for rank in origin)
                 error = RankLost(f"{error}: {why}", origin)
             self._break(error)
             raise error from None

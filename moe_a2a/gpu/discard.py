@@ -28,7 +28,6 @@ def discard_send(rank: MaskedRank, handle: Handle) -> None:
         torch.empty((0, layout.H), dtype=rank.config.dtype, device=rank.device),
         False,
         peers=state.peers,
-        live=state.live,
         places=mine.slot.places,
         **rank._waiting(mine, state),
     )

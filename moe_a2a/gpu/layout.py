@@ -68,7 +68,7 @@ class Layout:
     PHASES: ClassVar[int] = 3
 
     # Words of `control`, written by the host. A new view is written as "next", with the step at which it begins last,
-    # and before it the word GIVEN_UP of its epoch as 0.
+    # and before it, as 0, the GIVEN_UP of its epoch in `live` of each channel.
     EPOCH: ClassVar[int] = 0
     MASK: ClassVar[int] = 1
     NEXT_EPOCH: ClassVar[int] = 2
@@ -76,14 +76,13 @@ class Layout:
     NEXT_STEP: ClassVar[int] = 4
     BUDGET_NS: ClassVar[int] = 5
     INCARNATION: ClassVar[int] = 6
-    GIVEN_UP: ClassVar[int] = 7  # + epoch & 1; written by kernels: ranks that this rank found missing in that view
-    CONTROL_WORDS: ClassVar[int] = 9
+    CONTROL_WORDS: ClassVar[int] = 8
 
-    # Words of `live`: the last step that was sent, how many programs of a running kernel have finished, and the step of
-    # each parity that is open here.
-    LIVE_STEP: ClassVar[int] = 0
-    FINISHED: ClassVar[int] = 1  # + phase
-    OPEN: ClassVar[int] = 4  # + step & 1; 0 if none is
+    # Words of `live`, written by kernels of the channel, which run one after another.
+    LIVE_STEP: ClassVar[int] = 0  # the last step that was sent
+    FINISHED: ClassVar[int] = 1  # + phase; programs of a running kernel that are done
+    OPEN: ClassVar[int] = 4  # + step & 1; the step of that parity that is open here, 0 if none is
+    GIVEN_UP: ClassVar[int] = 6  # + epoch & 1; ranks that this rank found missing in that view
     LIVE_WORDS: ClassVar[int] = 8
 
     # Words of a handle, all of them written by send; what receive and combine find out is kept here too.

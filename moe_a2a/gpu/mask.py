@@ -20,19 +20,22 @@ class Mask:
     def __init__(self, rank: MaskedRank, peers: Peers) -> None:
         self._rank, self._peers = rank, peers
         first = rank.layout.GIVEN_UP
-        self._given_up = rank.control[first : first + 2]  # of either epoch: a mask is no part of a view
+        #: Of each channel, for even and odd epochs: a mask is no part of a view.
+        self._given_up = [channel.live[first : first + 2] for channel in rank._channels]
         peers.tolerate_missing()
 
     def leave_out(self, ranks: int) -> None:
-        """Leave out these ranks, bits of a mask. Stream-ordered."""
-        self._given_up.bitwise_or_(ranks)
+        """Leave out these ranks, bits of a mask. Stream-ordered, on the stream of the steps."""
+        for words in self._given_up:
+            words.bitwise_or_(ranks)
         self._peers.leave_out(ranks)
 
     def take_back(self, ranks: int) -> None:
         """Leave out these ranks, bits of a mask, no longer; those that are gone for good stay out. Waits for the
         device."""
         keep, layout = ~(ranks & ~self._lost()), self._rank.layout
-        self._given_up.bitwise_and_(keep)
+        for words in self._given_up:
+            words.bitwise_and_(keep)
         self._rank.report[layout.LOST].bitwise_and_(keep)
         self._rank._alive[layout.TOLD].bitwise_and_(keep)
         if self._rank.device.type == "cuda":
@@ -41,9 +44,9 @@ class Mask:
 
     def to_words(self) -> torch.Tensor:
         """int32 [R] on the device: 1 for each rank that is left out. Does not wait."""
-        found = self._given_up[0] | self._given_up[1] | self._lost()
         bits = torch.arange(self._rank.layout.R, device=self._rank.device)
-        return ((found >> bits) & 1).int()
+        found = torch.cat(self._given_up)[:, None] | self._lost()
+        return ((found >> bits) & 1).amax(0).int()
 
     def _lost(self) -> int:
         return sum(1 << rank for rank in list(self._peers.lost))

@@ -141,7 +141,6 @@ class MaskedRank:
             got.ranges,
             largest_weight=self._largest_weight,
             peers=state.peers,
-            live=state.live,
             hits=handle.slot.hits,
             places=handle.slot.places,
             **self._waiting(handle, state),
@@ -249,7 +248,6 @@ class MaskedRank:
             not mine.has_weights,
             result,
             peers=state.peers,
-            live=state.live,
             hits=mine.slot.hits,
             places=mine.slot.places,
             **self._waiting(mine, state),
@@ -293,7 +291,6 @@ class MaskedRank:
             rows,
             not mine.has_weights,
             peers=state.peers,
-            live=state.live,
             places=mine.slot.places,
             **self._waiting(mine, state),
         )
@@ -309,7 +306,6 @@ class MaskedRank:
         combine_recv(
             self.layout,
             result,
-            live=state.live,
             hits=mine.slot.hits,
             **self._waiting(mine, state),
         )
@@ -373,6 +369,7 @@ class MaskedRank:
             "region": state.region,
             "control": self.control,
             "alive": self._alive,
+            "live": state.live,
             "handle": mine.slot.handle,
             "report": self.report,
             "processors": self._processors,
@@ -409,6 +406,8 @@ class MaskedRank:
             raise HandleError("this handle belongs to another rank; use it with the object that made it")
         if handle.phase is not needed:
             raise HandleError(f"{handle!r}; this call needs a step that is {needed.value}")
+        if handle.captured and not torch.cuda.is_current_stream_capturing():
+            raise HandleError(f"{handle!r}, in a CUDA graph's capture; its other calls belong into a capture too")
         self._check_device()
         return handle, self._channels[self.config.channels.index(handle.channel)]
 

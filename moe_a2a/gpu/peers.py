@@ -24,12 +24,14 @@ class Peers:
     TOLD, in which they say whom they found missing.
     `lost` says for each such rank why, and keeps it. Deaths count for waits to come only: what a rank did before it
     died is there.
+    `blamed` leaves out ranks that closed because they missed another.
     """
 
     def __init__(self, memory: HostMemory, watch: Watch, rank: int, words: np.ndarray) -> None:
         self._memory, self._watch, self._rank, self._words = memory, watch, rank, words
         self.lost: dict[int, str] = {}
         self._tolerant, self._lock = False, threading.Lock()
+        self._followed: set[int] = set()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="moe_a2a-peers", daemon=True)
         self._thread.start()
@@ -37,9 +39,14 @@ class Peers:
     def check(self) -> None:
         """Raise RankLost if a rank cannot take part in another step. Costs no system call."""
         if self.lost:
-            lost = dict(self.lost)
+            lost = self.blamed()
             why = "; ".join(f"{named([rank])} {text}" for rank, text in lost.items())
             raise RankLost(f"rank {self._rank}: {why}", sorted(lost))
+
+    def blamed(self) -> dict[int, str]:
+        """The ranks at fault, and why."""
+        lost = dict(self.lost)
+        return {rank: why for rank, why in lost.items() if rank not in self._followed} or lost
 
     def report(self, missing: list[int]) -> None:
         """Tell the others whom this rank misses, and end its own waits for them."""
@@ -73,16 +80,19 @@ class Peers:
             self._look()
 
     def _look(self) -> None:
-        for rank in self._watch.gone():
-            self._lose(rank, "died (the process is gone)")
         for rank in range(self._memory.count):
             if rank == self._rank:
                 continue
+            has_closed = self._memory.has_closed(rank)  # first: a rank says whom it misses, and closes then
             missing = None if self._tolerant else self._memory.fault(rank)
             if missing is not None:
                 self._lose(missing, f"is missing, as rank {rank} reports")
-            if self._memory.has_closed(rank):
+            if has_closed:
+                if missing is not None and rank not in self.lost:
+                    self._followed.add(rank)
                 self._lose(rank, "closed its AllToAll")
+        for rank in self._watch.gone():
+            self._lose(rank, "died (the process is gone)")
         if self._tolerant:
             with self._lock:
                 self._words[Layout.ALIVE] &= ~self._words[Layout.TOLD]

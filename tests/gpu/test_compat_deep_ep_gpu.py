@@ -244,6 +244,59 @@ def test_ranks_are_masked_and_taken_back_by_hand() -> None:
     run_ranks(_masked_by_hand, 2, PAIR)
 
 
+def _hangs(ctx: Ctx, gpus: tuple[int, ...]) -> float:
+    """Rank 1 comes when rank 0 has given it up. Both go on alone, and together again when all is clean."""
+    program = Program(ctx, gpus, enable_shrink=True, options=Options(timeout_s=1.0))
+    buffer, other = program.buffer, 1 - ctx.rank
+    status = torch.zeros(2, dtype=torch.int32, device=program.device)
+
+    def masked() -> list[int]:
+        buffer.low_latency_query_mask_buffer(status)
+        return status.tolist()
+
+    def all_here(where: str) -> None:
+        torch.cuda.synchronize()
+        ctx.barrier(where)
+
+    took = 0.0
+    for number in range(3):
+        program.step(number, [6, 2], "fp8")
+    for turn in range(2):
+        all_here(f"well {turn}")
+        if ctx.rank == 1:
+            ctx.barrier(f"given up {turn}")
+        began = time.monotonic()
+        for number in range(3):
+            inputs = program.inputs(number, [4, 4])
+            for i in inputs:
+                i.topk_ids[i.topk_ids // 4 != ctx.rank] = -1  # what is left for a rank that is alone
+            inputs[other].topk_ids.fill_(-1)
+            got = program.dispatch(inputs, "fp8")
+            got.check()
+            got.combine(number)
+        torch.cuda.synchronize()
+        took = max(took, time.monotonic() - began)
+        time.sleep(0.1)  # for the threads that hear from kernels
+        assert masked()[other] == 1 and masked()[ctx.rank] == 0
+        if ctx.rank == 0:
+            ctx.barrier(f"given up {turn}")
+        all_here(f"apart {turn}")
+        buffer.low_latency_clean_mask_buffer()
+        all_here(f"clean {turn}")
+        for number in range(3):
+            program.step(number, [6, 2], "fp8")
+        time.sleep(0.1)
+        assert masked() == [0, 0]
+    all_here("done")
+    buffer.destroy()
+    return took
+
+
+def test_a_rank_that_was_given_up_is_taken_back() -> None:
+    times = run_ranks(_hangs, 2, PAIR)
+    assert 1.0 <= times[0] < 2.0 and times[1] < 1.0, times  # one budget, whatever comes after
+
+
 # -------------------------------------------------------------------------------------------------------------- others
 
 
