@@ -61,7 +61,7 @@ class GpuBackend:
                 torch.cuda.get_device_properties(self.device).multi_processor_count,
                 options.timeout_s,
             )
-            self._seen = torch.tensor([NO_BAD_INPUT, 0], dtype=torch.int64).pin_memory()
+            self._seen = torch.tensor(NOTHING, dtype=torch.int64).pin_memory()
             torch.cuda.synchronize()
         self._news = memoryview(self._seen.numpy().data)
         self._since, self._copied = 0, time.monotonic()
