@@ -1,6 +1,7 @@
 """Triton kernels of dispatch, combine and permute for GPUs, one operator a file; installs as `moe_a2a.kernels`.
 
     signals        flags, counters, waits: the only place with system-scope atomics and inline PTX
+    bad_input      what to say of wrong ids, scales and weights
     casts          roundings that are the same on a GPU and in Triton's interpreter
     formats        what rows and scales look like, as numbers
     launch         the way to the driver, once a kernel is compiled

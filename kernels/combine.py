@@ -32,12 +32,12 @@ def _combine(
     if pid < senders:
         send_sums(
             pid, senders, y, region, peers, control, alive, live, handle, places, report, rank,
-            True, PUSHED, BLOCK, L, LANES,
+            PUSHED, BLOCK, L, LANES,
         )  # fmt: skip
     else:
         add_sums(
-            pid - senders, tl.num_programs(0) - senders, out, region, control, alive, handle, hits, report, tokens,
-            OUT_BLOCK, L, LANES,
+            pid - senders, tl.num_programs(0) - senders, out, region, control, alive, live, handle, hits, report,
+            tokens, OUT_BLOCK, L, LANES,
         )  # fmt: skip
 
 

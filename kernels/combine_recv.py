@@ -4,9 +4,10 @@ A work item is a block of columns of one of this rank's tokens. Rows are added i
 A token without experts gives zeros.
 
 Memory-ordering contract
-    Waits for the COMBINE flag of every rank in the handle's view (acquire), also if this rank brought no token: that
-    the others are done with this step is what makes its buffers free again. Reads this rank's own region and `hits`;
-    writes `out` and the handle's MISSING with plain stores. A rank that is missing, or says "excluded", adds nothing.
+    Waits for the COMBINE flag of every rank that is not missing from the step so far (acquire), also if this rank
+    brought no token: that the others are done with this step is what makes its buffers free again. Reads this rank's
+    own region and `hits`; writes `out`, the handle's MISSING and `live`, where the step is no longer open, with plain
+    stores. A rank that is missing, or says "excluded", adds nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import triton.language as tl
 from moe_a2a.gpu.layout import Layout, power_of_two_at_least
 from moe_a2a.kernels.casts import to_payload
 from moe_a2a.kernels.launch import Launch
-from moe_a2a.kernels.signals import aligned, has_bit, wait
+from moe_a2a.kernels.signals import aligned, end_step, has_bit, record_missing, wait
 
 _WARPS = 4
 _BLOCK = 2048
@@ -29,15 +30,19 @@ _PROGRAMS_A_SM = 8
 
 @triton.jit
 def add_sums(
-    pid, programs, out, region, control, alive, handle, hits, report, tokens,
+    pid, programs, out, region, control, alive, live, handle, hits, report, tokens,
     BLOCK: tl.constexpr, L: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """What program `pid` of `programs` does."""
     step = tl.load(handle + L.STEP)
-    want = tl.load(handle + L.VIEW_MASK)
+    want = tl.load(handle + L.EXPECTED)
+    has_rows = tl.load(handle + L.ROWS) != 0
     block = region.to(tl.int64) + (step & 1) * L.parity_bytes
     arrived, excluded = wait(pid, block, handle, control, alive, L.COMBINE, want, step, L, LANES)
-    good = arrived & ~excluded
+    # In a step that is discarded everybody says "excluded", and that is how it should be.
+    good = arrived & ~tl.where(has_rows, excluded, 0)
+    if pid == 0:  # early, so that it costs no time; only later launches look at it
+        end_step(live, step, L)
 
     BLOCKS: tl.constexpr = (L.H + BLOCK - 1) // BLOCK
     DTYPE: tl.constexpr = out.dtype.element_ty
@@ -55,17 +60,16 @@ def add_sums(
         tl.store(out + t.to(tl.int64) * L.H + column, to_payload(total, DTYPE), mask=inside)
 
     if (pid == 0) & (good != want):
-        tl.atomic_or(handle + L.MISSING, want & ~good)
-        tl.atomic_or(report + L.LOST, want & ~good)
+        record_missing(want & ~good, handle, live, alive, report, L)
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def _combine_recv(
-    out, region, control, alive, handle, hits, report, tokens,
+    out, region, control, alive, live, handle, hits, report, tokens,
     BLOCK: tl.constexpr, L: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     add_sums(
-        tl.program_id(0), tl.num_programs(0), out, region, control, alive, handle, hits, report, tokens,
+        tl.program_id(0), tl.num_programs(0), out, region, control, alive, live, handle, hits, report, tokens,
         BLOCK, L, LANES,
     )  # fmt: skip
 
@@ -77,6 +81,7 @@ def combine_recv(
     region: torch.Tensor,
     control: torch.Tensor,
     alive: torch.Tensor,
+    live: torch.Tensor,
     handle: torch.Tensor,
     hits: torch.Tensor,
     report: torch.Tensor,
@@ -87,7 +92,7 @@ def combine_recv(
     launch, blocks = _prepare(layout, out.dtype)
     launch(
         max(1, min(tokens * blocks, processors * _PROGRAMS_A_SM)),
-        (out, region, control, alive, handle, hits, report, tokens),
+        (out, region, control, alive, live, handle, hits, report, tokens),
     )
 
 

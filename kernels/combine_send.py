@@ -8,6 +8,7 @@ Memory-ordering contract
     sources from it, never the live step. With PUSHED it first waits for the WEIGHTS flags of the received sources. The
     last program raises one COMBINE flag on each rank of the view, with system-scope release: 2 * step, or 2 * step + 1
     ("excluded") for a rank whose rows this rank did not receive, so that it does not sum what an older step left.
+    A step that has ended already, as one of a graph that is replayed without its dispatch, sends nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import triton.language as tl
 from moe_a2a.gpu.layout import Layout, power_of_two_at_least
 from moe_a2a.kernels.casts import to_payload
 from moe_a2a.kernels.launch import Launch
-from moe_a2a.kernels.signals import aligned, has_bit, is_last, pick, raise_flags, wait
+from moe_a2a.kernels.signals import aligned, has_bit, is_last, open_step, pick, raise_flags, record_missing, wait
 
 _WARPS = 4
 _BLOCK = 1024  # columns of a work item: 16 bytes of bf16 a thread and expert
@@ -31,15 +32,20 @@ _PROGRAMS_A_SM = 8
 @triton.jit
 def send_sums(
     pid, programs, y, region, peers, control, alive, live, handle, places, report, rank,
-    ROWS: tl.constexpr, PUSHED: tl.constexpr, BLOCK: tl.constexpr, L: tl.constexpr, LANES: tl.constexpr,
+    PUSHED: tl.constexpr, BLOCK: tl.constexpr, L: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """What program `pid` of `programs` does."""
     r = tl.arange(0, L.R_PAD)
     bases = tl.load(peers + r, mask=r < L.R, other=0)
     step = tl.load(handle + L.STEP)
     mask = tl.load(handle + L.VIEW_MASK)
-    received = tl.load(handle + L.RECEIVED)
-    longest = tl.load(handle + L.LONGEST).to(tl.int32) if ROWS else 0
+    came = tl.load(handle + L.RECEIVED)
+    longest = tl.load(handle + L.LONGEST).to(tl.int32)
+    has_ended = (open_step(live, step, L) != step) & (mask != 0)  # 0: it never began
+    mask = tl.where(has_ended, 0, mask)
+    came = tl.where(has_ended, 0, came)
+    longest = tl.where(has_ended, 0, longest)
+    received = came
     block = (step & 1) * L.parity_bytes
     mine = region.to(tl.int64) + block
     if PUSHED:
@@ -73,27 +79,29 @@ def send_sums(
         value = 2 * step + tl.where(has_bit(received, r.to(tl.int64)), 0, 1)
         raise_flags(bases, block + L.flags + L.COMBINE * L.R * 8, rank, value, mask, L)
         tl.store(handle + L.SENT, tl.full([], 0, tl.int64))
-        lost = mask & ~received
-        if lost != 0:
-            tl.atomic_or(handle + L.MISSING, lost)
-            tl.atomic_or(report + L.LOST, lost)
+        if received != came:
+            tl.store(handle + L.EXPECTED, received)
+            record_missing(came & ~received, handle, live, alive, report, L)
+        if has_ended:
+            tl.store(handle + L.EXPECTED, tl.full([], 0, tl.int64))
+            tl.atomic_or(report + L.MISUSE, tl.full([], L.ENDED_TWICE, tl.int64))
 
 
 @triton.jit(do_not_specialize=["rank"])
 def _combine_send(
     y, region, peers, control, alive, live, handle, places, report, rank,
-    ROWS: tl.constexpr, PUSHED: tl.constexpr, BLOCK: tl.constexpr, L: tl.constexpr, LANES: tl.constexpr,
+    PUSHED: tl.constexpr, BLOCK: tl.constexpr, L: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     send_sums(
         tl.program_id(0), tl.num_programs(0), y, region, peers, control, alive, live, handle, places, report, rank,
-        ROWS, PUSHED, BLOCK, L, LANES,
+        PUSHED, BLOCK, L, LANES,
     )  # fmt: skip
 
 
 def combine_send(
     layout: Layout,
     rank: int,
-    y: torch.Tensor | None,
+    y: torch.Tensor,
     pushed: bool,
     *,
     region: torch.Tensor,
@@ -106,23 +114,19 @@ def combine_send(
     report: torch.Tensor,
     processors: int,
 ) -> None:
-    """Launch. y: [E_l, R*M, H], payload dtype, or None to send flags and no rows; pushed: the weights come by
+    """Launch. y: [E_l, R*M, H], payload dtype, of any size if the step is discarded; pushed: the weights come by
     weights_push, not with the dispatch; places: int32 [R*M, K]; processors: SMs of the device. The others: `Layout`."""
-    launch, programs = _prepare(layout, pushed, None if y is None else y.dtype, processors)
-    launch(
-        programs,
-        (region if y is None else y, region, peers, control, alive, live, handle, places, report, rank),
-    )
+    launch, programs = _prepare(layout, pushed, y.dtype, processors)
+    launch(programs, (y, region, peers, control, alive, live, handle, places, report, rank))
 
 
 @functools.cache
-def _prepare(layout: Layout, pushed: bool, dtype: torch.dtype | None, processors: int) -> tuple[Launch, int]:
-    """The launch, and its programs. dtype: of the rows; None: there are none."""
+def _prepare(layout: Layout, pushed: bool, dtype: torch.dtype, processors: int) -> tuple[Launch, int]:
+    """The launch, and its programs."""
     block = send_block(layout)
-    items = 1 if dtype is None else layout.CAP * -(-layout.H // block)
-    constants = (dtype is not None, pushed, block, layout, 32 * _WARPS)
+    items = layout.CAP * -(-layout.H // block)
     # Products and sums are rounded one by one, as CPU ranks and the oracle do: the bits are the same everywhere.
-    launch = Launch(_combine_send, constants, num_warps=_WARPS, enable_fp_fusion=False)
+    launch = Launch(_combine_send, (pushed, block, layout, 32 * _WARPS), num_warps=_WARPS, enable_fp_fusion=False)
     return launch, min(items, processors * _PROGRAMS_A_SM)
 
 

@@ -10,9 +10,11 @@ With KNOWN nothing is counted: the step follows the routing of an earlier one, w
 Memory-ordering contract
     Reads `live` and `control` (written before this launch). Writes the routing with plain stores; then the last program
     stores matrix, counts and headers, meets at a CTA barrier, and raises one LAYOUT flag on each rank of the view, with
-    system-scope release: "excluded" if it cannot follow the routing, because the view has changed since. The row of the
-    matrix ends with the block into which this rank wants its rows of this step: the flag says that all that was
-    launched here before is done with that block. It writes the handle and advances the step in `live`.
+    system-scope release: "excluded" if the step cannot be, because a rank of the view was given up before, or because
+    the view or the tables have changed since the step that it follows. If its buffers are still those of an open step,
+    nobody gets anything. The row of the matrix ends with the block into which this rank wants its rows of this step:
+    the flag says that all that was launched here before is done with that block. It writes the handle and advances the
+    step in `live`.
 """
 
 from __future__ import annotations
@@ -23,8 +25,9 @@ import triton.language as tl
 
 from moe_a2a.gpu.layout import Layout, power_of_two_at_least
 from moe_a2a.gpu.routing import Routing
+from moe_a2a.kernels.bad_input import report_bad
 from moe_a2a.kernels.launch import launch
-from moe_a2a.kernels.signals import either, has_bit, is_last, lane_bits, raise_flags
+from moe_a2a.kernels.signals import either, has_bit, is_last, is_taken, lane_bits, raise_flags, record_missing
 
 _WARPS = 8
 _SCAN = 64  # blocks that the last program adds up at once
@@ -46,14 +49,9 @@ def _checked(ids, t, tokens, report, L: tl.constexpr):
         other = tl.load(ids + row + j, mask=t < tokens, other=-1).to(tl.int64)
         other = tl.where((other >= 0) & (other < L.E), other, -2).to(tl.int32)
         twice |= (own == other[:, None]) & (k > j)[None, :]
-    bad = wrong | twice
-    if tl.max(tl.max(bad.to(tl.int32), 1), 0) > 0:
-        # One word, so that the smallest (token, k) wins whatever the order: see moe_a2a.gpu.report.
-        seen = tl.minimum(tl.maximum(raw, -(1 << 31)), (1 << 31) - 1) + (1 << 31)
-        place = (t.to(tl.int64) << 40)[:, None] | (k.to(tl.int64) << 34)[None, :]
-        word = place | (twice.to(tl.int64) << 32) | seen
-        none = tl.full([], (1 << 62), tl.int64)
-        tl.atomic_min(report + L.BAD_INPUT, tl.min(tl.min(tl.where(bad, word, none), 1), 0))
+    seen = tl.minimum(tl.maximum(raw, -(1 << 31)), (1 << 31) - 1) + (1 << 31)
+    choice = t[:, None] * 0 + k[None, :]
+    report_bad(wrong | twice, t[:, None], choice, twice.to(tl.int32), seen, report, L)
     return tl.where(twice, -1, own)
 
 
@@ -127,12 +125,22 @@ def agreed(block, arrived, step, epoch, routing, BITS: tl.constexpr, L: tl.const
 
 
 @triton.jit
-def report_missing(lost, rank, handle, report, L: tl.constexpr):
-    """Ranks without which this rank hands out nothing; that its own rows are lost too goes without saying."""
-    others = lost & ~(tl.full([], 1, tl.int64) << rank)
-    if others != 0:
-        tl.atomic_or(handle + L.MISSING, others)
-        tl.atomic_or(report + L.LOST, others)
+def report_missing(lost, gone, rank, handle, live, alive, report, L: tl.constexpr):
+    """Write down that ranks are missing from a step; that this rank's own rows are lost with theirs goes without
+    saying.
+
+    lost: mask of ranks whose rows are not to be had; gone: those of them that did not come. The others came, and said
+    "excluded" because they miss somebody themselves: they have stopped storing, and stay in steps to come.
+    """
+    others = ~(tl.full([], 1, tl.int64) << rank)
+    gone &= others
+    excluding = lost & ~gone & others
+    if gone != 0:
+        tl.atomic_and(handle + L.EXPECTED, ~gone)
+        record_missing(gone, handle, live, alive, report, L)
+    if excluding != 0:
+        tl.atomic_or(handle + L.MISSING, excluding)
+        tl.atomic_or(report + L.LOST, excluding)
 
 
 @triton.jit(do_not_specialize=["tokens", "rank", "own_block"])
@@ -150,8 +158,12 @@ def _contiguous_layout(
     epoch = tl.load(control + L.EPOCH)
     next_mask = tl.load(control + L.NEXT_MASK)
     next_epoch = tl.load(control + L.NEXT_EPOCH)
-    mask = tl.where(step >= begins, next_mask, mask)
+    gone_even = tl.load(live + L.GIVEN_UP)
+    gone_odd = tl.load(live + (L.GIVEN_UP + 1))
+    too_early = is_taken(live, step, own_block.to(tl.int64), L)
+    view = tl.where(step >= begins, next_mask, mask)
     epoch = tl.where(step >= begins, next_epoch, epoch)
+    mask = tl.where(too_early, 0, view & ~tl.where((epoch & 1) != 0, gone_odd, gone_even))
     block = (step & 1) * L.parity_bytes
     blocks = (tokens + L.BLOCK - 1) // L.BLOCK
 
@@ -172,11 +184,15 @@ def _contiguous_layout(
             tl.store(sent + e, choices, mask=e < L.E)
             tl.store(routing + L.ROUTING_STEP, step)
             tl.store(routing + L.ROUTING_MASK, mask)
+            tl.store(routing + L.ROUTING_BLOCK, own_block.to(tl.int64))
         followed = step
-        changed = mask * 0
+        missing = view & ~mask
+        overwritten = mask < 0
         if KNOWN:
             followed = tl.load(routing + L.ROUTING_STEP)
-            changed = tl.load(routing + L.ROUTING_MASK) ^ mask
+            missing |= tl.load(routing + L.ROUTING_MASK) ^ mask
+            overwritten = tl.load(live + L.TABLES + tl.load(routing + L.ROUTING_BLOCK)) != followed
+            missing |= tl.where(overwritten, tl.full([], 1, tl.int64) << rank, 0)
 
         on = (r < L.R) & has_bit(mask, r.to(tl.int64))
         to = bases + block
@@ -200,16 +216,26 @@ def _contiguous_layout(
         tl.store(header + L.HEADER_BITS, BITS + zero, mask=on)
         tl.store(header + L.HEADER_ROUTING, followed + zero, mask=on)
         tl.debug_barrier()
-        flag = 2 * step + tl.where(changed != 0, 1, 0)
+        flag = 2 * step + tl.where(missing != 0, 1, 0)
         raise_flags(bases, block + L.flags + L.LAYOUT * L.R * 8, rank, flag + zero, mask, L)
 
-        tl.store(handle + L.STEP, step)
-        tl.store(handle + L.VIEW_MASK, mask)
-        tl.store(handle + L.VIEW_EPOCH, epoch)
-        rest = L.RECEIVED + tl.arange(0, 16)
-        fresh = tl.where(rest == L.MISSING, changed, 0)
-        tl.store(handle + rest, fresh, mask=rest < L.VERDICT + L.PHASES)
+        word = tl.arange(0, L.HANDLE_WORDS)
+        value = tl.where((word == L.VIEW_MASK) | (word == L.EXPECTED), mask, 0)
+        value = tl.where(word == L.STEP, step, tl.where(word == L.VIEW_EPOCH, epoch, value))
+        value = tl.where(word == L.ROWS, 1, tl.where(word == L.MISSING, missing, value))
+        tl.store(handle + word, value)
         tl.store(live + L.LIVE_STEP, step)
+        if overwritten:
+            tl.atomic_or(report + L.MISUSE, tl.full([], L.ROUTING_GONE, tl.int64))
+        if too_early:
+            tl.atomic_or(report + L.MISUSE, tl.full([], L.STARTED_EARLY, tl.int64))
+        else:
+            tl.store(live + L.OPEN + (step & 1), step)
+            tl.store(live + L.HELD + own_block, step)
+            if not KNOWN:
+                tl.store(live + L.TABLES + own_block, step)
+            if (missing != 0) & (overwritten == 0):
+                tl.atomic_or(report + L.LOST, missing)
 
 
 def contiguous_layout(

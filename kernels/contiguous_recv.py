@@ -54,15 +54,15 @@ def _pack(block, row, on, packed, L: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rank", "own_block"])
 def _contiguous_recv(
-    counts, tokens_per_rank, packed, region, control, alive, handle, came, routing, report, rank, own_block,
+    counts, tokens_per_rank, packed, region, control, alive, live, handle, came, routing, report, rank, own_block,
     BITS: tl.constexpr, KNOWN: tl.constexpr, WEIGHTS: tl.constexpr, PACK: tl.constexpr, BLOCK: tl.constexpr,
     EXPERTS: tl.constexpr, L: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     step = tl.load(handle + L.STEP)
-    want = tl.load(handle + L.VIEW_MASK)
-    epoch = tl.load(handle + L.VIEW_EPOCH)
     before = tl.load(handle + L.MISSING)
+    want = tl.load(handle + L.VIEW_MASK) & ~before
+    epoch = tl.load(handle + L.VIEW_EPOCH)
     followed = tl.load(routing + L.ROUTING_STEP)
     block = region.to(tl.int64) + (step & 1) * L.parity_bytes
     arrived, excluded = wait(pid, block, handle, control, alive, L.DISPATCH, want, step, L, LANES)
@@ -74,7 +74,9 @@ def _contiguous_recv(
     on = (s < L.R) & has_bit(good, s.to(tl.int64))
     began = tl.load(header + L.HEADER_FIRST, mask=on, other=-1)
     in_place = lane_bits(on & (began == (ends - rows).to(tl.int64)), s.to(tl.int64))
-    good = tl.where(good == want, in_place, good)  # without all counts, nobody can be blamed for another place
+    good = tl.where(
+        (good == want) & (before == 0), in_place, good
+    )  # without all counts, nobody can be blamed for another place
     whole = (good == want) & (before == 0)
     rows = tl.where(whole, rows, 0)
     ends = tl.where(whole, ends, 0)
@@ -102,7 +104,7 @@ def _contiguous_recv(
         tl.store(came + 1 + L.R, total)
         tl.store(handle + L.RECEIVED, tl.where(whole, good, 0))
         tl.store(handle + L.LONGEST, tl.max(rows, 0).to(tl.int64))
-        report_missing(want & ~good, rank, handle, report, L)
+        report_missing(want & ~good, want & ~good & ~excluded, rank, handle, live, alive, report, L)
 
 
 def contiguous_recv(
@@ -119,6 +121,7 @@ def contiguous_recv(
     region: torch.Tensor,
     control: torch.Tensor,
     alive: torch.Tensor,
+    live: torch.Tensor,
     handle: torch.Tensor,
     came: torch.Tensor,
     routing: Routing,
@@ -139,6 +142,7 @@ def contiguous_recv(
             region,
             control,
             alive,
+            live,
             handle,
             came,
             routing.words,

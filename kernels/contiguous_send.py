@@ -30,15 +30,19 @@ import triton.language as tl
 from moe_a2a.gpu.layout import Layout, power_of_two_at_least
 from moe_a2a.gpu.routing import Routing
 from moe_a2a.kernels import casts
+from moe_a2a.kernels.bad_input import report_bad, report_bad_weights
 from moe_a2a.kernels.contiguous_layout import agreed, index_of, report_missing
 from moe_a2a.kernels.formats import QUANTISE, QUANTISE_POW2
-from moe_a2a.kernels.launch import launch
+from moe_a2a.kernels.launch import launch, stages
 from moe_a2a.kernels.signals import has_bit, is_last, pick, raise_flags, wait
 
 _WARPS = 32  # with one program an SM, all that can be in flight there comes from one program
-_TILE = 16384  # words, or elements that are quantised, of a work item
-_MOST_ROWS = 64  # of a work item
+_STAGES = 4  # work items of a program in flight: one is stored while the next are loaded
+_TILE = 8192  # words, or elements that are quantised, of a work item
+_PART = 512  # of them, of one row: 7168 columns of any kind are a multiple, so that no thread goes without
 _META = 64  # tokens whose ids and weights go at once
+_LOAD, _STORE = "", ""  # cache modifiers of rows
+_SMALLEST_AMAX = tl.constexpr(0x38D1B717)  # the bits of 1e-4
 
 
 @triton.jit
@@ -49,32 +53,23 @@ def _row_pointers(base, place, BYTES: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _report_scales(bits, wrong, t, g, report, L: tl.constexpr):
-    if tl.max(tl.max(wrong.to(tl.int32), 1), 0) > 0:
-        place = (t.to(tl.int64) << 40)[:, None] | (g.to(tl.int64) << 34)[None, :]
-        word = place | (tl.full([], 2, tl.int64) << 32) | (bits.to(tl.int64) & 0xFFFFFFFF)
-        none = tl.full([], (1 << 62), tl.int64)
-        tl.atomic_min(report + L.BAD_INPUT, tl.min(tl.min(tl.where(wrong, word, none), 1), 0))
-
-
-@triton.jit
 def _send_words(
-    tile, x, hits, within, starts, first, to, tokens, WORDS: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr,
-    L: tl.constexpr,
+    tile, part, x, hits, within, starts, first, to, tokens, rank, WORDS: tl.constexpr, ROWS: tl.constexpr,
+    PART: tl.constexpr, LOAD: tl.constexpr, STORE: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows of 4-byte words, as they are."""
+    """PART 4-byte words of each of ROWS rows, as they are."""
     R: tl.constexpr = L.R
     t = tile * ROWS + tl.arange(0, ROWS)
+    w = part * PART + tl.arange(0, PART)
+    inside = (t < tokens)[:, None] & (w < WORDS)[None, :]
+    words = tl.load(x + (t.to(tl.int64) * WORDS)[:, None] + w[None, :], mask=inside, cache_modifier=LOAD)
     hit = tl.load(hits + t, mask=t < tokens, other=0)
-    for start in tl.static_range(0, WORDS, PART):
-        w = start + tl.arange(0, PART)
-        inside = (t < tokens)[:, None] & (w < WORDS)[None, :]
-        words = tl.load(x + (t.to(tl.int64) * WORDS)[:, None] + w[None, :], mask=inside)
-        for r in tl.static_range(R):
-            place = pick(first, r, L) + index_of(t, t * 0 + r, within, starts, tokens, L)
-            row = _row_pointers(pick(to, r, L) + L.rows, place, WORDS * 4, tl.int32)
-            on = has_bit(hit, r) & (place < L.CAPACITY)
-            tl.store(row + w[None, :], words, mask=inside & on[:, None])
+    for i in tl.static_range(R):
+        r = (rank + 1 + i) % R  # far ones first
+        place = pick(first, r, L) + index_of(t, t * 0 + r, within, starts, tokens, L)
+        row = _row_pointers(pick(to, r, L) + L.rows, place, WORDS * 4, tl.int32)
+        on = has_bit(hit, r) & (place < L.CAPACITY)
+        tl.store(row + w[None, :], words, mask=inside & on[:, None], cache_modifier=STORE)
 
 
 @triton.jit
@@ -93,7 +88,7 @@ def _send_scales(
     wrong = (bits <= 0) | (bits >= 0x7F800000)
     if POW2:
         wrong |= (bits & 0x7FFFFF) != 0
-    _report_scales(bits, wrong, t, g, report, L)
+    report_bad(wrong, t[:, None], t[:, None] * 0 + g[None, :], 2, bits, report, L)
     for r in tl.static_range(R):
         place = pick(first, r, L) + index_of(t, t * 0 + r, within, starts, tokens, L)
         row = (pick(to, r, L) + L.scales) + place.to(tl.int64) * (L.G * 4)
@@ -103,38 +98,42 @@ def _send_scales(
 
 @triton.jit
 def _send_quantised(
-    tile, x, hits, within, starts, first, to, tokens, POW2: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr,
-    L: tl.constexpr,
+    tile, part, x, hits, within, starts, first, to, tokens, rank, report, POW2: tl.constexpr, ROWS: tl.constexpr,
+    PART: tl.constexpr, LOAD: tl.constexpr, STORE: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
-    """Quantise ROWS rows per 128 columns, as moe_a2a.fp8 does, PART groups of each at a time."""
+    """Quantise PART groups of 128 columns of each of ROWS rows, as moe_a2a.fp8 does. Scales that are not finite are
+    reported."""
     R: tl.constexpr = L.R
-    G: tl.constexpr = L.G
     line = tl.arange(0, ROWS * PART)  # a group of a row
     t = tile * ROWS + line // PART
-    hit = tl.load(hits + t, mask=t < tokens, other=0)
+    g = part * PART + line % PART
     column = tl.arange(0, 128)
-    for start in tl.static_range(0, G, PART):
-        g = start + line % PART
-        inside = (t < tokens) & (g < L.G)
-        source = x + (t.to(tl.int64) * L.H + g * 128)[:, None] + column[None, :]
-        value = tl.load(source, mask=inside[:, None], other=0.0).to(tl.float32)
-        scale = tl.div_rn(tl.maximum(tl.max(tl.abs(value), 1), 1e-4), 448.0)
-        if POW2:
-            scale = casts.power_of_two_at_least(scale)
-        q = casts.to_e4m3(casts.divide(value, scale[:, None], POW2))
-        for r in tl.static_range(R):
-            place = pick(first, r, L) + index_of(t, t * 0 + r, within, starts, tokens, L)
-            on = inside & has_bit(hit, r) & (place < L.CAPACITY)
-            row = _row_pointers(pick(to, r, L) + L.rows, place * L.G + g, 128, tl.uint8)
-            tl.store(row + column[None, :], q, mask=on[:, None])
-            at = (pick(to, r, L) + L.scales) + (place.to(tl.int64) * L.G + g) * 4
-            tl.store(at.to(tl.pointer_type(tl.float32)), scale, mask=on)
+    inside = (t < tokens) & (g < L.G)
+    source = x + (t.to(tl.int64) * L.H + g * 128)[:, None] + column[None, :]
+    value = tl.load(source, mask=inside[:, None], other=0.0, cache_modifier=LOAD).to(tl.float32)
+    hit = tl.load(hits + t, mask=t < tokens, other=0)
+    # Magnitudes as integers are in the same order, and NaN is the largest: a maximum of floats would drop it.
+    amax = tl.maximum(tl.max(value.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1), _SMALLEST_AMAX)
+    scale = tl.div_rn(amax.to(tl.float32, bitcast=True), 448.0)
+    if POW2:
+        scale = casts.power_of_two_at_least(scale)
+    q = casts.to_e4m3(casts.divide(value, scale[:, None], POW2))
+    for i in tl.static_range(R):
+        r = (rank + 1 + i) % R  # far ones first
+        place = pick(first, r, L) + index_of(t, t * 0 + r, within, starts, tokens, L)
+        on = inside & has_bit(hit, r) & (place < L.CAPACITY)
+        row = _row_pointers(pick(to, r, L) + L.rows, place * L.G + g, 128, tl.uint8)
+        tl.store(row + column[None, :], q, mask=on[:, None], cache_modifier=STORE)
+        at = (pick(to, r, L) + L.scales) + (place.to(tl.int64) * L.G + g) * 4
+        tl.store(at.to(tl.pointer_type(tl.float32)), scale, mask=on)
+    found = scale.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    report_bad(inside & (found >= 0x7F800000), t, g, 3, found, report, L)
 
 
 @triton.jit
 def _send_choices(
-    block, chosen, weights, hits, within, starts, first, to, tokens, rank, WEIGHTS: tl.constexpr, META: tl.constexpr,
-    L: tl.constexpr,
+    block, chosen, weights, hits, within, starts, first, to, tokens, rank, report, WEIGHTS: tl.constexpr,
+    LARGEST: tl.constexpr, META: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     """Local ids, weights and source numbers of META tokens."""
     R: tl.constexpr = L.R
@@ -147,6 +146,7 @@ def _send_choices(
     owner = tl.where(own >= 0, tl.maximum(own, 0) // L.E_L, -1)
     if WEIGHTS:
         weight = tl.load(weights + at, mask=inside, other=0.0)
+        report_bad_weights(weight, inside, t[:, None], t[:, None] * 0 + k[None, :], report, LARGEST, L)
     for r in tl.static_range(R):
         place = pick(first, r, L) + index_of(t, t * 0 + r, within, starts, tokens, L)
         on = has_bit(hit, r) & (place < L.CAPACITY)
@@ -183,8 +183,9 @@ def _tell_host(host, ticket, block, good, matrix, rank, EXPERTS: tl.constexpr, L
 def _contiguous_send(
     x, weights, scales, region, peers, control, alive, live, handle, hits, within, starts, chosen, routing, host,
     report, tokens, rank, ticket,
-    MODE: tl.constexpr, WEIGHTS: tl.constexpr, KNOWN: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr,
-    ROWS: tl.constexpr, PART: tl.constexpr, META: tl.constexpr, EXPERTS: tl.constexpr, L: tl.constexpr,
+    MODE: tl.constexpr, WEIGHTS: tl.constexpr, LARGEST: tl.constexpr, KNOWN: tl.constexpr, BITS: tl.constexpr,
+    WORDS: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr, META: tl.constexpr,
+    EXPERTS: tl.constexpr, STAGES: tl.constexpr, LOAD: tl.constexpr, STORE: tl.constexpr, L: tl.constexpr,
     LANES: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
@@ -193,6 +194,7 @@ def _contiguous_send(
     bases = tl.load(peers + r, mask=r < L.R, other=0)
     step = tl.load(handle + L.STEP)
     want = tl.load(handle + L.VIEW_MASK)
+    before = tl.load(handle + L.MISSING)
     epoch = tl.load(handle + L.VIEW_EPOCH)
     followed = tl.load(routing + L.ROUTING_STEP)
     block = (step & 1) * L.parity_bytes
@@ -203,26 +205,35 @@ def _contiguous_send(
     wanted = (mine + L.matrix).to(tl.pointer_type(tl.int32)) + r * (L.R + 1) + L.R
     in_block = tl.load(wanted, mask=(r < L.R) & has_bit(good, r.to(tl.int64)), other=0) & 1
     to = bases + in_block.to(tl.int64) * L.parity_bytes
-    whole = good == want
+    whole = (good == want) & (before == 0)
     if pid == 0:
         _tell_host(host, ticket, mine, good, matrix, rank, EXPERTS, L)
-        report_missing(want & ~good, rank, handle, report, L)
+        report_missing(want & ~good, want & ~good & ~excluded, rank, handle, live, alive, report, L)
 
     count = tl.where(whole, tokens, 0)
     if not KNOWN:
         for number in range(pid, (count + META - 1) // META, programs):
             _send_choices(
                 tl.full([], 0, tl.int32) + number, chosen, weights, hits, within, starts, first, to, tokens, rank,
-                WEIGHTS, META, L,
+                report, WEIGHTS, LARGEST, META, L,
             )  # fmt: skip
-    for number in range(pid, (count + ROWS - 1) // ROWS, programs):
-        tile = tl.full([], 0, tl.int32) + number  # the interpreter's loops count in Python ints
-        if MODE == 1 or MODE == 2:
-            _send_quantised(tile, x, hits, within, starts, first, to, tokens, MODE == 2, ROWS, PART, L)
-        else:
-            _send_words(tile, x, hits, within, starts, first, to, tokens, WORDS, ROWS, PART, L)
-        if MODE == 3 or MODE == 4:
+    tiles = (count + ROWS - 1) // ROWS
+    if MODE == 3 or MODE == 4:
+        for number in range(pid, tiles, programs):
+            tile = tl.full([], 0, tl.int32) + number  # the interpreter's loops count in Python ints
             _send_scales(tile, scales, hits, within, starts, first, to, tokens, report, MODE == 4, ROWS, L)
+    for number in tl.range(pid, tiles * PARTS, programs, num_stages=STAGES):
+        item = tl.full([], 0, tl.int32) + number
+        tile, part = item // PARTS, item % PARTS
+        if MODE == 1 or MODE == 2:
+            _send_quantised(
+                tile, part, x, hits, within, starts, first, to, tokens, rank, report, MODE == 2, ROWS, PART, LOAD,
+                STORE, L,
+            )  # fmt: skip
+        else:
+            _send_words(
+                tile, part, x, hits, within, starts, first, to, tokens, rank, WORDS, ROWS, PART, LOAD, STORE, L
+            )  # fmt: skip
 
     if is_last(live + (L.FINISHED + L.DISPATCH), programs):
         on = (r < L.R) & has_bit(want, r.to(tl.int64))
@@ -244,6 +255,7 @@ def contiguous_send(
     known: bool,
     ticket: int,
     *,
+    largest_weight: float,
     region: torch.Tensor,
     peers: torch.Tensor,
     control: torch.Tensor,
@@ -256,17 +268,18 @@ def contiguous_send(
     programs: int,
 ) -> None:
     """Launch. x: [T, H], payload dtype, or FP8 for GIVEN; weights: fp32 [T, K] or None; scales: fp32 [T, H/128] for
-    GIVEN; known: ids and weights are there from an earlier step; ticket: a number of this dispatch, 31 bits; host:
-    int64 [R + E_l] of pinned memory; programs: the most to launch, one for each SM. The others: `Layout`, `Routing`."""
+    GIVEN; known: ids and weights are there from an earlier step; ticket: a number of this dispatch, 31 bits;
+    largest_weight: beyond it weights are reported; host: int64 [R + E_l] of pinned memory; programs: the most to
+    launch, one for each SM. The others: `Layout`, `Routing`."""
     quantise = mode in (QUANTISE, QUANTISE_POW2)
     rows = x if quantise else x.view(torch.int32)
     words = layout.H * x.element_size() // 4
-    unit = 128 * power_of_two_at_least(layout.G) if quantise else power_of_two_at_least(words)
-    part = min(unit, _TILE)
-    many = max(1, min(_TILE // part, _MOST_ROWS))
+    columns = layout.H if quantise else words
+    part = min(128 * power_of_two_at_least(layout.G) if quantise else power_of_two_at_least(words), _PART, _TILE)
+    rows_at_once, parts = _TILE // part, -(-columns // part)
     launch(
         _contiguous_send,
-        max(1, min(-(-x.shape[0] // many), programs)),
+        max(1, min(-(-x.shape[0] // rows_at_once) * parts, programs)),
         (
             rows,
             weights if weights is not None else routing.words,
@@ -291,13 +304,18 @@ def contiguous_send(
         (
             mode,
             weights is not None,
+            largest_weight,
             known,
             bits,
             words,
-            many,
+            rows_at_once,
             part // 128 if quantise else part,
+            parts,
             _META,
             power_of_two_at_least(layout.E_L),
+            stages(_STAGES, 4 * _TILE, x.device),
+            _LOAD,
+            _STORE,
             layout,
             32 * _WARPS,
         ),

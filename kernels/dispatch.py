@@ -29,24 +29,24 @@ _RECEIVERS_A_SM = 4
 
 @triton.jit(do_not_specialize=["tokens", "rank", "senders"])
 def _dispatch(
-    rows, ids, weights, given, x, scales, counts, source, region, peers, control, alive, live, handle, hits, places,
-    report, tokens, rank, senders,
-    MODE: tl.constexpr, WEIGHTS: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr, COUNTERS: tl.constexpr,
-    COUNTED: tl.constexpr, SCAN: tl.constexpr, CHUNK_WORDS: tl.constexpr, CHUNK_GROUPS: tl.constexpr,
-    SCALES: tl.constexpr, OUT_WORDS: tl.constexpr, BLOCK: tl.constexpr, EXPERTS: tl.constexpr, L: tl.constexpr,
-    LANES: tl.constexpr,
+    rows, ids, weights, given, x, scales, counts, source, ranges, region, peers, control, alive, live, handle, hits,
+    places, report, tokens, rank, senders,
+    MODE: tl.constexpr, WEIGHTS: tl.constexpr, LARGEST: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr,
+    COUNTERS: tl.constexpr, COUNTED: tl.constexpr, SCAN: tl.constexpr, CHUNK_WORDS: tl.constexpr,
+    CHUNK_GROUPS: tl.constexpr, SCALES: tl.constexpr, BY_SOURCE: tl.constexpr, OUT_WORDS: tl.constexpr,
+    BLOCK: tl.constexpr, EXPERTS: tl.constexpr, L: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     if pid < senders:
         send_tokens(
             pid, senders, rows, ids, weights, given, peers, control, live, handle, hits, report, tokens, rank,
-            MODE, WEIGHTS, BITS, WORDS, COUNTERS, COUNTED, SCAN, CHUNK_WORDS, CHUNK_GROUPS, L,
+            MODE, WEIGHTS, LARGEST, BITS, WORDS, COUNTERS, COUNTED, SCAN, CHUNK_WORDS, CHUNK_GROUPS, L,
         )  # fmt: skip
     else:
         until_sent(handle, L, LANES)
         receive_tokens(
-            pid - senders, tl.num_programs(0) - senders, x, scales, counts, source, region, control, alive, handle,
-            places, report, rank, BITS, SCALES, OUT_WORDS, BLOCK, EXPERTS, L, LANES,
+            pid - senders, tl.num_programs(0) - senders, x, scales, counts, source, ranges, region, control,
+            alive, live, handle, places, report, rank, BITS, SCALES, BY_SOURCE, OUT_WORDS, BLOCK, EXPERTS, L, LANES,
         )  # fmt: skip
 
 
@@ -62,7 +62,9 @@ def dispatch(
     scales: torch.Tensor | None,
     counts: torch.Tensor,
     source: torch.Tensor,
+    ranges: torch.Tensor | None,
     *,
+    largest_weight: float,
     region: torch.Tensor,
     peers: torch.Tensor,
     control: torch.Tensor,
@@ -74,11 +76,12 @@ def dispatch(
     report: torch.Tensor,
     processors: int,
 ) -> None:
-    """Launch. rows, ids, weights, given (scales): `dispatch_send`'s x, ids, weights, scales; x, scales, counts, source:
-    `dispatch_recv`'s. The others: `Layout`."""
+    """Launch. rows, ids, weights, given (scales): `dispatch_send`'s x, ids, weights, scales; largest_weight: its too;
+    x, scales, counts, source, ranges: `dispatch_recv`'s. The others: `Layout`."""
     form = None if scales is None else scales.dtype
+    by_source = ranges is not None
     launch, counters, receivers = _prepare(
-        layout, mode, weights is not None, rows.dtype, ids.dtype, x.dtype, form, processors
+        layout, mode, weights is not None, largest_weight, rows.dtype, ids.dtype, x.dtype, form, by_source, processors
     )
     tokens = rows.shape[0]
     first = senders(tokens, counters)
@@ -93,6 +96,7 @@ def dispatch(
             scales if scales is not None else counts,
             counts,
             source,
+            ranges if ranges is not None else handle,
             region,
             peers,
             control,
@@ -114,15 +118,17 @@ def _prepare(
     layout: Layout,
     mode: int,
     weights: bool,
+    largest_weight: float,
     rows: torch.dtype,
     ids: torch.dtype,
     x: torch.dtype,
     scales: torch.dtype | None,
+    by_source: bool,
     processors: int,
 ) -> tuple[Launch, int, int]:
     """The launch, how many of the sending programs count, and programs that receive."""
-    sent = send_constants(layout, mode, weights, rows)
-    received, items = recv_constants(layout, x, scales)
+    sent, counters = send_constants(layout, mode, weights, largest_weight, rows)
+    received, items = recv_constants(layout, x, scales, by_source)
     views = dict.fromkeys([*send_views(mode), 4, 5], torch.int32)
     launch = Launch(_dispatch, (*sent, *received, layout, 32 * _WARPS), views, num_warps=_WARPS)
-    return launch, sent[4], min(items, processors * _RECEIVERS_A_SM)
+    return launch, counters, min(items, processors * _RECEIVERS_A_SM)

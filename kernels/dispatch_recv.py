@@ -5,10 +5,13 @@ local experts. The row of a choice is what the sources before it sent to that ex
 wrote in the table: slots follow (source rank, token) order, whatever arrives first. Rows that hold no token are not
 touched.
 
+Where rows came from is written in one of two forms: `source`, source rank * M + token; or BY_SOURCE, as DeepEP's
+handles hold it: `source` is the token alone, and `ranges` says which rows of an expert are of which rank.
+
 Memory-ordering contract
     Waits for the DISPATCH flag of every source in the handle's view (acquire), then reads this rank's own region only.
     Writes the outputs, `places` (where the rows of each (source, token) went, for combine) and the handle's RECEIVED,
-    LONGEST and MISSING with plain stores: the next launch of the stream sees them.
+    EXPECTED, LONGEST and MISSING with plain stores: the next launch of the stream sees them.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import triton.language as tl
 from moe_a2a.gpu.layout import Layout, power_of_two_at_least
 from moe_a2a.kernels.formats import FP32_SCALES, NO_SCALES, PACKED_SCALES
 from moe_a2a.kernels.launch import Launch
-from moe_a2a.kernels.signals import aligned, has_bit, lane_bits, wait
+from moe_a2a.kernels.signals import aligned, has_bit, lane_bits, record_missing, wait
 
 _WARPS = 2
 _BLOCK_WORDS = 512  # 4-byte words of a row that one work item copies: 2 KiB
@@ -65,9 +68,9 @@ def _copy_scales(
 
 @triton.jit
 def receive_tokens(
-    pid, programs, x, scales, counts, source, region, control, alive, handle, places, report, rank,
-    BITS: tl.constexpr, SCALES: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, EXPERTS: tl.constexpr,
-    L: tl.constexpr, LANES: tl.constexpr,
+    pid, programs, x, scales, counts, source, ranges, region, control, alive, live, handle, places, report, rank,
+    BITS: tl.constexpr, SCALES: tl.constexpr, BY_SOURCE: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr,
+    EXPERTS: tl.constexpr, L: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """What program `pid` of `programs` does."""
     step = tl.load(handle + L.STEP)
@@ -105,7 +108,7 @@ def receive_tokens(
         to = _slots(block, words, s, good, L)
         if part == 0:
             tl.store(places + place * L.K + k, to, mask=k < L.K)
-            tl.store(source + to, place + to * 0, mask=to >= 0)
+            tl.store(source + to, (t if BY_SOURCE else place) + to * 0, mask=to >= 0)
         if tl.max(to, 0) >= 0:
             row = aligned(block + L.rows + place.to(tl.int64) * L.row_stride, tl.int32)
             column = part * BLOCK + w
@@ -123,24 +126,27 @@ def receive_tokens(
         from_source = (block + L.counts).to(tl.pointer_type(tl.int32))
         R: tl.constexpr = L.R
         for s in tl.static_range(R):
-            total += tl.load(from_source + s * L.E_L + e, mask=(e < L.E_L) & has_bit(good, s), other=0)
+            rows = tl.load(from_source + s * L.E_L + e, mask=(e < L.E_L) & has_bit(good, s), other=0)
+            if BY_SOURCE:
+                tl.store(ranges + e * R + s, (total.to(tl.int64) << 32) | rows.to(tl.int64), mask=e < L.E_L)
+            total += rows
         tl.store(counts + e, total, mask=e < L.E_L)
         tl.store(handle + L.RECEIVED, good)
+        tl.store(handle + L.EXPECTED, good)
         tl.store(handle + L.LONGEST, longest.to(tl.int64))
         if good != want:
-            tl.atomic_or(handle + L.MISSING, want & ~good)
-            tl.atomic_or(report + L.LOST, want & ~good)
+            record_missing(want & ~good, handle, live, alive, report, L)
 
 
 @triton.jit(do_not_specialize=["rank"])
 def _dispatch_recv(
-    x, scales, counts, source, region, control, alive, handle, places, report, rank,
-    BITS: tl.constexpr, SCALES: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, EXPERTS: tl.constexpr,
-    L: tl.constexpr, LANES: tl.constexpr,
+    x, scales, counts, source, ranges, region, control, alive, live, handle, places, report, rank,
+    BITS: tl.constexpr, SCALES: tl.constexpr, BY_SOURCE: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr,
+    EXPERTS: tl.constexpr, L: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     receive_tokens(
-        tl.program_id(0), tl.num_programs(0), x, scales, counts, source, region, control, alive, handle, places,
-        report, rank, BITS, SCALES, WORDS, BLOCK, EXPERTS, L, LANES,
+        tl.program_id(0), tl.num_programs(0), x, scales, counts, source, ranges, region, control, alive, live, handle,
+        places, report, rank, BITS, SCALES, BY_SOURCE, WORDS, BLOCK, EXPERTS, L, LANES,
     )  # fmt: skip
 
 
@@ -151,20 +157,24 @@ def dispatch_recv(
     scales: torch.Tensor | None,
     counts: torch.Tensor,
     source: torch.Tensor,
+    ranges: torch.Tensor | None,
     bits: int,
     *,
     region: torch.Tensor,
     control: torch.Tensor,
     alive: torch.Tensor,
+    live: torch.Tensor,
     handle: torch.Tensor,
     places: torch.Tensor,
     report: torch.Tensor,
     processors: int,
 ) -> None:
-    """Launch. x: [E_l, R*M, H], FP8 or payload dtype; scales: storage [E_l, width, R*M], fp32 or packed int32, or None;
-    counts: int32 [E_l]; source: int32 [E_l, R*M]; bits: what all headers must say (`formats.header_bits`);
-    places: int32 [R*M, K]; processors: SMs of the device. The others: `Layout`."""
-    launch, programs = _prepare(layout, bits, x.dtype, None if scales is None else scales.dtype, processors)
+    """Launch. x: [E_l, R*M, H], FP8 or payload dtype; scales: [E_l, R*M, width], fp32 or packed int32, column-major in
+    the last two dimensions, or None; counts: int32 [E_l]; source: int32 [E_l, R*M]; ranges: int64 [E_l, R], or None for
+    the form without it; bits: what all headers must say (`formats.header_bits`); places: int32 [R*M, K]; processors:
+    SMs of the device. The others: `Layout`."""
+    form = None if scales is None else scales.dtype
+    launch, programs = _prepare(layout, bits, x.dtype, form, ranges is not None, processors)
     launch(
         programs,
         (
@@ -172,9 +182,11 @@ def dispatch_recv(
             scales if scales is not None else counts,
             counts,
             source,
+            ranges if ranges is not None else handle,
             region,
             control,
             alive,
+            live,
             handle,
             places,
             report,
@@ -185,10 +197,10 @@ def dispatch_recv(
 
 @functools.cache
 def _prepare(
-    layout: Layout, bits: int, dtype: torch.dtype, scales: torch.dtype | None, processors: int
+    layout: Layout, bits: int, dtype: torch.dtype, scales: torch.dtype | None, by_source: bool, processors: int
 ) -> tuple[Launch, int]:
     """The launch, and its programs."""
-    constants, items = recv_constants(layout, dtype, scales)
+    constants, items = recv_constants(layout, dtype, scales, by_source)
     launch = Launch(
         _dispatch_recv,
         (bits, *constants, layout, 32 * _WARPS),
@@ -198,11 +210,13 @@ def _prepare(
     return launch, min(items, processors * _PROGRAMS_A_SM)
 
 
-def recv_constants(layout: Layout, dtype: torch.dtype, scales: torch.dtype | None) -> tuple[tuple[int, ...], int]:
+def recv_constants(
+    layout: Layout, dtype: torch.dtype, scales: torch.dtype | None, by_source: bool
+) -> tuple[tuple[int, ...], int]:
     """`receive_tokens`' constants, from SCALES to EXPERTS, and the most work items there can be."""
     words = layout.H * dtype.itemsize // 4
     form = NO_SCALES if scales is None else FP32_SCALES if scales == torch.float32 else PACKED_SCALES
     block = min(_BLOCK_WORDS, power_of_two_at_least(words))
     if form == PACKED_SCALES:
         block = max(block, 128)
-    return (form, words, block, power_of_two_at_least(layout.E_L)), layout.CAP * -(-words // block)
+    return (form, by_source, words, block, power_of_two_at_least(layout.E_L)), layout.CAP * -(-words // block)

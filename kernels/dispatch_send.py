@@ -9,7 +9,8 @@ Memory-ordering contract
     Reads `live`, `control` (written before this launch). Stores rows, scales, weights, table, counts and header with
     plain stores; then the last program writes the handle, advances the step in `live` and raises one flag on each
     rank of the view, with system-scope release (`moe_a2a.kernels.signals`). The block that it writes was last used two
-    steps ago; this rank's receive of that step's combine proved that all peers are done with it.
+    steps ago; this rank's receive of that step's combine proved that all peers are done with it, but for those that
+    were given up, which get nothing any more. If that step is still open here, nobody gets anything.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ import triton.language as tl
 
 from moe_a2a.gpu.layout import Layout, power_of_two_at_least
 from moe_a2a.kernels import casts
+from moe_a2a.kernels.bad_input import report_bad, report_bad_weights
 from moe_a2a.kernels.formats import GIVEN, GIVEN_POW2, QUANTISE, QUANTISE_POW2, header_bits
 from moe_a2a.kernels.launch import Launch
-from moe_a2a.kernels.signals import aligned, either, has_bit, is_last, pick, raise_flags
+from moe_a2a.kernels.signals import aligned, either, has_bit, is_last, is_taken, pick, raise_flags
 
 EXPERTS_A_PROGRAM = 32
 _WARPS = 4
@@ -32,6 +34,7 @@ _SCAN = 128  # tokens whose ids are looked at at once
 _CHUNK_WORDS = 4096  # of a row that is copied
 _CHUNK_GROUPS = 64  # of a row that is quantised
 _MOST_PROGRAMS = 1024
+_SMALLEST_AMAX = tl.constexpr(0x38D1B717)  # the bits of 1e-4
 
 
 @triton.jit
@@ -60,13 +63,8 @@ def _check(raw, k, token, report, L: tl.constexpr):
     own = tl.where(wrong | (in_row == 0), -1, raw).to(tl.int32)
     same = (own[:, None] == own[None, :]) & (k[None, :] < k[:, None]) & (own[:, None] >= 0)
     twice = tl.max(same.to(tl.int32), 1) > 0
-    if tl.max((wrong | twice).to(tl.int32), 0) > 0:
-        # One word, so that the smallest (token, k) wins whatever the order: see moe_a2a.gpu.report.
-        seen = tl.minimum(tl.maximum(raw, -(1 << 31)), (1 << 31) - 1) + (1 << 31)
-        place = (token.to(tl.int64) << 40) | (k.to(tl.int64) << 34)
-        word = place | (twice.to(tl.int64) << 32) | seen
-        none = tl.full([], (1 << 62), tl.int64)
-        tl.atomic_min(report + L.BAD_INPUT, tl.min(tl.where(wrong | twice, word, none), 0))
+    seen = tl.minimum(tl.maximum(raw, -(1 << 31)), (1 << 31) - 1) + (1 << 31)
+    report_bad(wrong | twice, token, k, twice.to(tl.int32), seen, report, L)
     return tl.where(twice, -1, own)
 
 
@@ -101,11 +99,7 @@ def _send_scales(source, row, offset, hits, bases, token, report, POW2: tl.const
     wrong = (bits <= 0) | (bits >= 0x7F800000)
     if POW2:
         wrong |= (bits & 0x7FFFFF) != 0
-    if tl.max(wrong.to(tl.int32), 0) > 0:
-        place = (token.to(tl.int64) << 40) | (g.to(tl.int64) << 34)
-        none = tl.full([], (1 << 62), tl.int64)
-        word = place | (tl.full([], 2, tl.int64) << 32) | (bits.to(tl.int64) & 0xFFFFFFFF)
-        tl.atomic_min(report + L.BAD_INPUT, tl.min(tl.where(wrong, word, none), 0))
+    report_bad(wrong, token, g, 2, bits, report, L)
     for r in tl.static_range(R):
         if has_bit(hits, r):
             to = aligned(pick(bases, r, L) + offset + L.H, tl.int32)
@@ -121,9 +115,10 @@ def _load_tiles(x, row, start, L: tl.constexpr, CHUNK: tl.constexpr):
 
 @triton.jit
 def _send_quantised(
-    head, x, row, offset, hits, bases, POW2: tl.constexpr, L: tl.constexpr, CHUNK: tl.constexpr
+    head, x, row, offset, hits, bases, token, report, POW2: tl.constexpr, L: tl.constexpr, CHUNK: tl.constexpr
 ):  # fmt: skip
-    """Quantise a row per 128 columns, as moe_a2a.fp8 does, and store it with its scales to every rank in `hits`."""
+    """Quantise a row per 128 columns, as moe_a2a.fp8 does, and store it with its scales to every rank in `hits`. Scales
+    that are not finite are reported."""
     R: tl.constexpr = L.R
     G: tl.constexpr = L.G
     for start in tl.static_range(0, G, CHUNK):
@@ -131,7 +126,9 @@ def _send_quantised(
         columns = g[:, None] * 128 + tl.arange(0, 128)[None, :]
         inside = (g < L.G)[:, None]
         value = (head if start == 0 else _load_tiles(x, row, start, L, CHUNK)).to(tl.float32)
-        scale = tl.div_rn(tl.maximum(tl.max(tl.abs(value), 1), 1e-4), 448.0)
+        # Magnitudes as integers are in the same order, and NaN is the largest: a maximum of floats would drop it.
+        amax = tl.maximum(tl.max(value.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1), _SMALLEST_AMAX)
+        scale = tl.div_rn(amax.to(tl.float32, bitcast=True), 448.0)
         if POW2:
             scale = casts.power_of_two_at_least(scale)
         q = casts.to_e4m3(casts.divide(value, scale[:, None], POW2))
@@ -140,13 +137,16 @@ def _send_quantised(
                 to = pick(bases, r, L) + offset
                 tl.store(aligned(to, tl.uint8) + columns, q, mask=inside)
                 tl.store(aligned(to + L.H, tl.float32) + g, scale, mask=g < L.G)
+        # Last, while the stores are on their way.
+        found = scale.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        report_bad(found >= 0x7F800000, token, g, 3, found, report, L)
 
 
 @triton.jit
 def _send_token(
     t, x, ids, weights, scales, bases, block, mask, hits_out, report, rank,
-    MODE: tl.constexpr, WEIGHTS: tl.constexpr, WORDS: tl.constexpr, L: tl.constexpr, SCAN: tl.constexpr,
-    CHUNK_WORDS: tl.constexpr, CHUNK_GROUPS: tl.constexpr,
+    MODE: tl.constexpr, WEIGHTS: tl.constexpr, LARGEST: tl.constexpr, WORDS: tl.constexpr, L: tl.constexpr,
+    SCAN: tl.constexpr, CHUNK_WORDS: tl.constexpr, CHUNK_GROUPS: tl.constexpr,
 ):  # fmt: skip
     R: tl.constexpr = L.R
     QUANTISED: tl.constexpr = MODE == 1 or MODE == 2
@@ -162,6 +162,8 @@ def _send_token(
         weight = tl.load(weights + t * L.K + k, mask=k < L.K, other=0.0)
 
     own = _check(raw, k, t, report, L)
+    if WEIGHTS:
+        report_bad_weights(weight, k < L.K, t, k, report, LARGEST, L)
     owner = tl.where(own >= 0, own // L.E_L, -1)
     one = tl.full([], 1, tl.int64)
     hits = tl.reduce(tl.where(own >= 0, one << tl.maximum(owner, 0).to(tl.int64), 0), 0, either) & mask
@@ -169,7 +171,7 @@ def _send_token(
     place = rank * L.M + t
     offset = block + L.rows + place.to(tl.int64) * L.row_stride
     if QUANTISED:
-        _send_quantised(head, x, row, offset, hits, bases, MODE == 2, L, CHUNK_GROUPS)
+        _send_quantised(head, x, row, offset, hits, bases, t, report, MODE == 2, L, CHUNK_GROUPS)
     else:
         _send_words(head, x, row, offset, hits, bases, WORDS, L, CHUNK_WORDS)
     if MODE == 3 or MODE == 4:
@@ -188,8 +190,9 @@ def _send_token(
 @triton.jit
 def send_tokens(
     pid, programs, x, ids, weights, scales, peers, control, live, handle, hits, report, tokens, rank,
-    MODE: tl.constexpr, WEIGHTS: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr, COUNTERS: tl.constexpr,
-    EXPERTS: tl.constexpr, SCAN: tl.constexpr, CHUNK_WORDS: tl.constexpr, CHUNK_GROUPS: tl.constexpr, L: tl.constexpr,
+    MODE: tl.constexpr, WEIGHTS: tl.constexpr, LARGEST: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr,
+    COUNTERS: tl.constexpr, EXPERTS: tl.constexpr, SCAN: tl.constexpr, CHUNK_WORDS: tl.constexpr,
+    CHUNK_GROUPS: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     """What program `pid` of `programs` does."""
     senders = programs - COUNTERS
@@ -201,15 +204,19 @@ def send_tokens(
     epoch = tl.load(control + L.EPOCH)
     next_mask = tl.load(control + L.NEXT_MASK)
     next_epoch = tl.load(control + L.NEXT_EPOCH)
-    mask = tl.where(step >= begins, next_mask, mask)
+    gone_even = tl.load(live + L.GIVEN_UP)
+    gone_odd = tl.load(live + (L.GIVEN_UP + 1))
+    too_early = is_taken(live, step, step & 1, L)
+    view = tl.where(step >= begins, next_mask, mask)
     epoch = tl.where(step >= begins, next_epoch, epoch)
+    mask = tl.where(too_early, 0, view & ~tl.where((epoch & 1) != 0, gone_odd, gone_even))
     block = (step & 1) * L.parity_bytes
 
     if pid < senders:
         for t in range(pid, tokens, senders):
             _send_token(
                 tl.full([], 0, tl.int32) + t, x, ids, weights, scales, bases, block, mask, hits, report, rank,
-                MODE, WEIGHTS, WORDS, L, SCAN, CHUNK_WORDS, CHUNK_GROUPS,
+                MODE, WEIGHTS, LARGEST, WORDS, L, SCAN, CHUNK_WORDS, CHUNK_GROUPS,
             )  # fmt: skip
     else:
         e = (pid - senders) * EXPERTS + tl.arange(0, EXPERTS)
@@ -232,12 +239,19 @@ def send_tokens(
     if is_last(live + (L.FINISHED + L.DISPATCH), programs):
         flags = block + L.flags + L.DISPATCH * L.R * 8
         raise_flags(bases, flags, rank, 2 * step + (r * 0).to(tl.int64), mask, L)
-        tl.store(handle + L.STEP, step)
-        tl.store(handle + L.VIEW_MASK, mask)
-        tl.store(handle + L.VIEW_EPOCH, epoch)
-        rest = L.RECEIVED + tl.arange(0, 16)
-        tl.store(handle + rest, (rest * 0).to(tl.int64), mask=rest < L.VERDICT + L.PHASES)
+        word = tl.arange(0, L.HANDLE_WORDS)
+        value = tl.where((word == L.VIEW_MASK) | (word == L.EXPECTED), mask, 0)
+        value = tl.where(word == L.STEP, step, tl.where(word == L.VIEW_EPOCH, epoch, value))
+        value = tl.where(word == L.ROWS, 1, tl.where(word == L.MISSING, view & ~mask, value))
+        tl.store(handle + word, value)
         tl.store(live + L.LIVE_STEP, step)
+        if too_early:
+            tl.atomic_or(report + L.MISUSE, tl.full([], L.STARTED_EARLY, tl.int64))
+        else:
+            tl.store(live + L.OPEN + (step & 1), step)
+            tl.store(live + L.TABLES + (step & 1), step)
+            if mask != view:
+                tl.atomic_or(report + L.LOST, view & ~mask)
         tl.debug_barrier()
         tl.atomic_xchg(handle + L.SENT, tl.full([], 1, tl.int64), sem="release", scope="gpu")
 
@@ -245,12 +259,13 @@ def send_tokens(
 @triton.jit(do_not_specialize=["tokens", "rank"])
 def _dispatch_send(
     x, ids, weights, scales, peers, control, live, handle, hits, report, tokens, rank,
-    MODE: tl.constexpr, WEIGHTS: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr, COUNTERS: tl.constexpr,
-    EXPERTS: tl.constexpr, SCAN: tl.constexpr, CHUNK_WORDS: tl.constexpr, CHUNK_GROUPS: tl.constexpr, L: tl.constexpr,
+    MODE: tl.constexpr, WEIGHTS: tl.constexpr, LARGEST: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr,
+    COUNTERS: tl.constexpr, EXPERTS: tl.constexpr, SCAN: tl.constexpr, CHUNK_WORDS: tl.constexpr,
+    CHUNK_GROUPS: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     send_tokens(
         tl.program_id(0), tl.num_programs(0), x, ids, weights, scales, peers, control, live, handle, hits, report,
-        tokens, rank, MODE, WEIGHTS, BITS, WORDS, COUNTERS, EXPERTS, SCAN, CHUNK_WORDS, CHUNK_GROUPS, L,
+        tokens, rank, MODE, WEIGHTS, LARGEST, BITS, WORDS, COUNTERS, EXPERTS, SCAN, CHUNK_WORDS, CHUNK_GROUPS, L,
     )  # fmt: skip
 
 
@@ -263,6 +278,7 @@ def dispatch_send(
     scales: torch.Tensor | None,
     mode: int,
     *,
+    largest_weight: float,
     peers: torch.Tensor,
     control: torch.Tensor,
     live: torch.Tensor,
@@ -271,8 +287,9 @@ def dispatch_send(
     report: torch.Tensor,
 ) -> None:
     """Launch. x: [T, H], payload dtype, or FP8 for GIVEN; ids: int32 or int64 [T, K]; weights: fp32 [T, K] or None;
-    scales: fp32 [T, H/128] for GIVEN. peers: int64 [R], addresses of all ranks' regions. The others: `Layout`."""
-    launch, counters = _prepare(layout, mode, weights is not None, x.dtype, ids.dtype)
+    scales: fp32 [T, H/128] for GIVEN. largest_weight: beyond it weights are reported; peers: int64 [R], addresses of
+    all ranks' regions. The others: `Layout`."""
+    launch, counters = _prepare(layout, mode, weights is not None, largest_weight, x.dtype, ids.dtype)
     tokens = x.shape[0]
     launch(
         senders(tokens, counters),
@@ -295,12 +312,12 @@ def dispatch_send(
 
 @functools.cache
 def _prepare(
-    layout: Layout, mode: int, weights: bool, x_dtype: torch.dtype, ids_dtype: torch.dtype
+    layout: Layout, mode: int, weights: bool, largest_weight: float, x_dtype: torch.dtype, ids_dtype: torch.dtype
 ) -> tuple[Launch, int]:
     """The launch, and how many of its programs count."""
-    constants = send_constants(layout, mode, weights, x_dtype)
+    constants, counters = send_constants(layout, mode, weights, largest_weight, x_dtype)
     views = dict.fromkeys(send_views(mode), torch.int32)
-    return Launch(_dispatch_send, (*constants, layout), views, num_warps=_WARPS), constants[4]
+    return Launch(_dispatch_send, (*constants, layout), views, num_warps=_WARPS), counters
 
 
 def senders(tokens: int, counters: int) -> int:
@@ -314,17 +331,22 @@ def send_views(mode: int) -> list[int]:
     return [*rows, 3] if mode in (GIVEN, GIVEN_POW2) else rows
 
 
-def send_constants(layout: Layout, mode: int, weights: bool, x_dtype: torch.dtype) -> tuple[int, ...]:
-    """`send_tokens`' constants, from MODE to CHUNK_GROUPS."""
+def send_constants(
+    layout: Layout, mode: int, weights: bool, largest_weight: float, x_dtype: torch.dtype
+) -> tuple[tuple[float, ...], int]:
+    """`send_tokens`' constants, from MODE to CHUNK_GROUPS, and how many programs count."""
     words = layout.H * x_dtype.itemsize // 4
-    return (
+    counters = -(-layout.E // EXPERTS_A_PROGRAM)
+    constants = (
         mode,
         weights,
+        largest_weight,
         header_bits(mode, weights),
         words,
-        -(-layout.E // EXPERTS_A_PROGRAM),
+        counters,
         EXPERTS_A_PROGRAM,
         _SCAN,
         min(_CHUNK_WORDS, power_of_two_at_least(words)),
         min(_CHUNK_GROUPS, power_of_two_at_least(layout.G)),
     )
+    return constants, counters

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from moe_a2a.gpu.layout import Layout
+from moe_a2a.kernels.bad_input import report_bad_weights
 from moe_a2a.kernels.launch import Launch
 from moe_a2a.kernels.signals import has_bit, is_last, pick, raise_flags
 
@@ -26,7 +27,8 @@ _TOKENS = 16  # tokens of a program
 
 @triton.jit(do_not_specialize=["tokens", "rank"])
 def _weights_push(
-    weights, peers, live, handle, hits, tokens, rank, TOKENS: tl.constexpr, L: tl.constexpr
+    weights, peers, live, handle, hits, report, tokens, rank,
+    LARGEST: tl.constexpr, TOKENS: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     R: tl.constexpr = L.R
     lane = tl.arange(0, L.R_PAD)
@@ -38,6 +40,8 @@ def _weights_push(
     k = tl.arange(0, L.K_PAD)
     inside = (t < tokens)[:, None] & (k < L.K)[None, :]
     value = tl.load(weights + t[:, None] * L.K + k[None, :], mask=inside, other=0.0)
+    zero = t[:, None] * 0 + k[None, :] * 0
+    report_bad_weights(value, inside, zero + t[:, None], zero + k[None, :], report, LARGEST, L)
     hit = tl.load(hits + t, mask=t < tokens, other=0)
     for r in tl.static_range(R):
         if has_bit(mask, r):
@@ -59,12 +63,17 @@ def weights_push(
     live: torch.Tensor,
     handle: torch.Tensor,
     hits: torch.Tensor,
+    report: torch.Tensor,
+    largest_weight: float,
 ) -> None:
-    """Launch. weights: fp32 [T, K]; hits: int64 [M], written by dispatch_send. The others: `Layout`."""
+    """Launch. weights: fp32 [T, K]; hits: int64 [M], written by dispatch_send; largest_weight: beyond it weights are
+    reported. The others: `Layout`."""
     tokens = weights.shape[0]
-    _prepare(layout)(max(1, -(-tokens // _TOKENS)), (weights, peers, live, handle, hits, tokens, rank))
+    _prepare(layout, largest_weight)(
+        max(1, -(-tokens // _TOKENS)), (weights, peers, live, handle, hits, report, tokens, rank)
+    )
 
 
 @functools.cache
-def _prepare(layout: Layout) -> Launch:
-    return Launch(_weights_push, (_TOKENS, layout), num_warps=_WARPS)
+def _prepare(layout: Layout, largest_weight: float) -> Launch:
+    return Launch(_weights_push, (largest_weight, _TOKENS, layout), num_warps=_WARPS)

@@ -82,6 +82,7 @@ class AllToAll:
         alignment: int = 128,
         channel: str | None = None,
         out: torch.Tensor | None = None,
+        by_source: bool = False,
     ) -> Masked: ...
 
     @overload
@@ -132,13 +133,16 @@ class AllToAll:
         out: torch.Tensor | None = None,
         like: Handle | None = None,
         host_counts: bool = False,
+        by_source: bool = False,
     ) -> Dispatched:
         """Send every token to the ranks that own its experts, and receive theirs: `dispatch_send`, then
-        `dispatch_recv`."""
+        `dispatch_recv`. by_source: as in `reserve`, for the masked layout."""
         _check_layout(layout)
         checks.check_alignment(alignment)
+        if by_source and layout != "masked":
+            raise InputError(f"by_source=True goes with layout='masked'; layout is {layout!r}")
         return self._backend.dispatch(
-            x, topk_ids, topk_weights, scales, fp8, channel, layout, like, alignment, out, host_counts
+            x, topk_ids, topk_weights, scales, fp8, channel, layout, like, alignment, out, host_counts, by_source
         )
 
     def dispatch_send(
@@ -174,6 +178,16 @@ class AllToAll:
             _check_layout(layout)
         return self._backend.dispatch_send(x, topk_ids, topk_weights, scales, fp8, channel, layout, like)
 
+    def reserve(self, handle: Handle, *, by_source: bool = False, out: torch.Tensor | None = None) -> Masked:
+        """The tensors that `dispatch_recv(handle)` will fill, in the masked layout, for callers who hand them on first.
+        Until then their contents mean nothing. Sends and waits for nothing.
+
+        by_source: rows' origins as DeepEP's handles hold them: `source` is the token's number on its rank, and `ranges`
+        int64 [E_l, R] holds first row << 32 | number of rows of each source rank. out: storage for x.
+        Raises InputError, HandleError.
+        """
+        return self._backend.reserve(handle, by_source, out)
+
     def dispatch_recv(
         self,
         handle: Handle,
@@ -196,6 +210,9 @@ class AllToAll:
         if layout is not None:
             _check_layout(layout)
         checks.check_alignment(alignment)
+        reserved = isinstance(handle, Handle) and handle._reserved is not None
+        if reserved and (out is not None or layout not in (None, "masked")):
+            raise InputError("this step's outputs are reserved: receive it in the masked layout, without out=")
         return self._backend.dispatch_recv(handle, layout, alignment, out, host_counts)
 
     # combine
@@ -230,19 +247,42 @@ class AllToAll:
         """
         return self._backend.combine_recv(handle, out)
 
+    def add_wait_times(self, handle: Handle, into: torch.Tensor) -> None:
+        """Measure a step's waits: those of its dispatch, if called before `dispatch_recv`; later, those of its combine.
+
+        into: int64 [R], to which the nanoseconds are added that this rank waits for each rank, from the start of the
+        wait: for tokens; for weights given at combine, and for sums. GPU ranks: a kernel more for each wait, in front
+        of the one that waits. Raises InputError, HandleError.
+        """
+        self._backend.add_wait_times(handle, into)
+
     def discard(self, handle: Handle) -> None:
         """End a step without a combine. Collective: every rank discards the step. Raises HandleError, RankLost."""
+        if isinstance(handle, Handle):
+            handle._reserved = None
         self._backend.discard(handle)
 
-    # life
+    # what went wrong
+
+    def missing(self, handle: Handle) -> list[int]:
+        """The ranks that are missing from a step, so that its result lacks their part; [] for a good step so far.
+
+        Raises nothing for them, and also answers after a RankLost. GPU ranks: waits for all work queued on the device;
+        a handle can be asked until the channel's next dispatch but one, that of a graph about its last replay. CPU
+        ranks: a rank that is lost breaks all steps that are open. Raises HandleError.
+        """
+        return self._backend.missing(handle)
 
     def check(self) -> None:
-        """Raise what has gone wrong and was not raised yet: RankLost, or InputError for a wrong id of an earlier step.
+        """Raise what has gone wrong and was not raised yet: RankLost, InputError for a wrong id, scale or weight of an
+        earlier step, HandleError for steps that overlapped (a replayed graph's with one that was open).
 
         GPU ranks: waits for all work queued on the device, also of replayed graphs; no other call does. CPU ranks:
         every call has raised what there was to raise.
         """
         self._backend.check()
+
+    # life
 
     def close(self) -> None:
         """Release memory, threads and descriptors. Not collective; results must not be used afterwards. May be called

@@ -9,7 +9,7 @@ import torch
 
 from moe_a2a.errors import HandleError
 from moe_a2a.fp8 import ScaleFormat
-from moe_a2a.types import Dispatched, Handle, Layout
+from moe_a2a.types import Dispatched, Handle, Layout, Masked
 
 
 class Backend(Protocol):
@@ -37,6 +37,7 @@ class Backend(Protocol):
         alignment: int,
         out: torch.Tensor | None,
         host_counts: bool,
+        by_source: bool,
     ) -> Dispatched:
         """Both halves. What can be refused is refused before anything is sent: a layout, an `out`."""
 
@@ -52,6 +53,8 @@ class Backend(Protocol):
         like: Handle | None,
     ) -> Handle: ...
 
+    def reserve(self, handle: Handle, by_source: bool, out: torch.Tensor | None) -> Masked: ...
+
     def dispatch_recv(
         self, handle: Handle, layout: Layout | None, alignment: int, out: torch.Tensor | None, host_counts: bool
     ) -> Dispatched: ...
@@ -65,7 +68,11 @@ class Backend(Protocol):
 
     def combine_recv(self, handle: Handle, out: torch.Tensor | None) -> torch.Tensor: ...
 
+    def add_wait_times(self, handle: Handle, into: torch.Tensor) -> None: ...
+
     def discard(self, handle: Handle) -> None: ...
+
+    def missing(self, handle: Handle) -> list[int]: ...
 
     def check(self) -> None: ...
 
@@ -80,10 +87,14 @@ class Health:
         self.closed = False
         self.broken: BaseException | None = None
 
-    def check(self) -> None:
+    def check_open(self) -> None:
         """Raises HandleError."""
         if self.closed:
             raise HandleError("this AllToAll is closed; build a new one")
+
+    def check(self) -> None:
+        """Raises HandleError."""
+        self.check_open()
         if self.broken is not None:
             raise HandleError(
                 f"this AllToAll failed and cannot be used further ({self.broken}); close it and build a new group"

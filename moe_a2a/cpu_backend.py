@@ -21,7 +21,7 @@ from moe_a2a.step import Outgoing, Phase, RowFormat, Step
 from moe_a2a.transport.protocol import Transport
 from moe_a2a.transport.wait import wait_tasks
 from moe_a2a.transport.wire import FloatArray, IntArray
-from moe_a2a.types import Dispatched, Handle, Layout
+from moe_a2a.types import Dispatched, Handle, Layout, Masked
 from moe_a2a.unpack import Unpacker
 
 _MOST_OPEN = 2  # one step for each parity of a channel's buffers
@@ -67,11 +67,14 @@ class CpuBackend:
         alignment: int,
         out: torch.Tensor | None,
         host_counts: bool,
+        by_source: bool,
     ) -> Dispatched:
         if out is not None:
             dtype = FP8 if fp8 is not None or (isinstance(x, torch.Tensor) and x.dtype == FP8) else self.config.dtype
             self._unpacker.check_out(layout, out, dtype)
         handle = self.dispatch_send(x, topk_ids, topk_weights, scales, fp8, channel, layout, like)
+        if by_source:
+            self.reserve(handle, True, out)
         try:
             return self.dispatch_recv(handle, layout, alignment, out, host_counts)
         except InputError as error:  # out is too small for what arrived: the step is open, and not to be lost
@@ -125,6 +128,11 @@ class CpuBackend:
         self._each(lambda transport: transport.send_dispatch(step))
         return Handle(self, step, fp8, layout)
 
+    def reserve(self, handle: Handle, by_source: bool, out: torch.Tensor | None) -> Masked:
+        step = self._step(handle, Phase.SENT)
+        handle._reserved = self._unpacker.reserve(step, handle, handle._fp8, out, by_source)
+        return handle._reserved
+
     @torch.no_grad()
     def dispatch_recv(
         self, handle: Handle, layout: Layout | None, alignment: int, out: torch.Tensor | None, host_counts: bool
@@ -138,7 +146,9 @@ class CpuBackend:
         table = self._arena.table(step.row_format)
         result: Dispatched
         if layout == "masked":
-            result = self._unpacker.masked(step, received, table, handle, handle._fp8, out)
+            result = handle._reserved or self._unpacker.reserve(step, handle, handle._fp8, out, False)
+            handle._reserved = None  # the result holds its handle: not a circle that keeps both alive
+            self._unpacker.masked(step, received, table, result)
         elif layout == "contiguous":
             result = self._unpacker.contiguous(step, received, table, handle, handle._fp8, out)
             if host_counts:
@@ -205,10 +215,22 @@ class CpuBackend:
         self._each(lambda transport: transport.recv_combine(step, True))
         self._finish(step)
 
-    # life
+    def add_wait_times(self, handle: Handle, into: torch.Tensor) -> None:
+        step = self._step(handle, Phase.SENT, Phase.RECEIVED, Phase.COMBINING)
+        step.wait_times = checks.check_matrix("into", into, (self.world_size,), (torch.int64,))
+
+    # what went wrong
+
+    def missing(self, handle: Handle) -> list[int]:
+        self._health.check_open()
+        step = self._own(handle)
+        lost = self._health.broken
+        return sorted(lost.ranks) if isinstance(lost, RankLost) and step.phase is not Phase.DONE else []
 
     def check(self) -> None:
         self._health.check()
+
+    # life
 
     def close(self) -> None:
         if not self._health.closed:
@@ -236,6 +258,13 @@ class CpuBackend:
         checks.check_like(topk_ids, topk_weights, tokens, earlier.tokens)
         return earlier.outgoing.ids, earlier.outgoing.weights
 
+    def _own(self, handle: Handle) -> Step:
+        if not isinstance(handle, Handle):
+            raise HandleError(f"handle is a {type(handle).__name__}; give the handle of a dispatch")
+        if handle._owner is not self:
+            raise HandleError("this handle belongs to another AllToAll; use it with the object that made it")
+        return handle._step
+
     def _channel(self, name: str | None) -> int:
         if name is None:
             return 0
@@ -245,11 +274,7 @@ class CpuBackend:
 
     def _step(self, handle: Handle, *allowed: Phase) -> Step:
         self._health.check()
-        if not isinstance(handle, Handle):
-            raise HandleError(f"handle is a {type(handle).__name__}; give the handle of a dispatch")
-        if handle._owner is not self:
-            raise HandleError("this handle belongs to another AllToAll; use it with the object that made it")
-        step = handle._step
+        step = self._own(handle)
         if step.phase not in allowed:
             needed = " or ".join(phase.value for phase in allowed)
             raise HandleError(f"{step} is {step.phase.value}; this call needs a step that is {needed}")
@@ -267,6 +292,7 @@ class CpuBackend:
     def _receive(self, step: Step) -> None:
         arrivals = [a for part in self._each(lambda transport: transport.recv_dispatch(step)) for a in part]
         step.arrivals = sorted(arrivals, key=lambda arrival: arrival.rank)
+        step.wait_times = None
 
     def _break(self, error: MoeA2AError) -> None:
         self._health.broken = error

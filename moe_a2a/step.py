@@ -72,6 +72,8 @@ class Step:
     sent_to_host: dict[int, LongArray] = field(default_factory=dict)
     tasks: list[Task] = field(default_factory=list)
     traffic: Traffic = field(default_factory=Traffic)
+    #: Where waits add how long they lasted for each rank, int64 [R] nanoseconds.
+    wait_times: torch.Tensor | None = None
 
     @property
     def parity(self) -> int:

@@ -17,6 +17,8 @@ LAYOUTS: tuple[Layout, ...] = ("masked", "contiguous", "grouped")
 class Handle:
     """One step in flight, from dispatch to combine. Made by `AllToAll.dispatch_send`; opaque."""
 
+    _reserved: Masked | None = None
+
     def __init__(self, owner: object, step: Step, fp8: ScaleFormat | None, layout: Layout | None = None) -> None:
         self._owner, self._step, self._fp8, self._layout = owner, step, fp8, layout
 
@@ -49,6 +51,8 @@ class Masked:
     source: int32 [E_l, R*M], source rank * M + token number, for the rows that hold tokens.
     scales: None, or fp32 [E_l, R*M, H/128], or int32 [E_l, R*M, ceil(H/512)] for UE8M0; the last two dimensions are
         stored column-major, as DeepGEMM reads them.
+    ranges: None; with `by_source` (see `AllToAll.reserve`) int64 [E_l, R], first row << 32 | number of rows of each
+        source rank, and `source` then holds token numbers alone.
     Storage belongs to the AllToAll unless `out` was given: valid until the channel's next dispatch but one.
     """
 
@@ -57,6 +61,7 @@ class Masked:
     source: torch.Tensor
     scales: torch.Tensor | None
     handle: Handle
+    ranges: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

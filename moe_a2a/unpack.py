@@ -50,30 +50,37 @@ class Unpacker:
         self._starts = np.arange(experts + 1, dtype=np.int64) * self._block
         self._outputs = Outputs()
 
-    def masked(
-        self,
-        step: Step,
-        received: Received,
-        table: torch.Tensor,
-        handle: Handle,
-        fp8: ScaleFormat | None,
-        out: torch.Tensor | None,
+    def reserve(
+        self, step: Step, handle: Handle, fp8: ScaleFormat | None, out: torch.Tensor | None, by_source: bool
     ) -> Masked:
-        placement = place(received, self._starts, self._experts)
-        x = self._rows(step, "masked", (self._experts, self._block), out)
-        index = received.table_rows[received.pair_row[placement.by_expert]]
-        gather_segments(table, index, placement.counts, placement.starts, _as_table(x, table))
-        source = self._outputs.take(step, "source", (self._experts, self._block), torch.int32)
-        source.view(-1)[torch.from_numpy(placement.slot)] = torch.from_numpy(self._source(received)[received.pair_row])
+        """The tensors of a masked result, before anything has arrived. Raises InputError."""
+        experts, block, take = self._experts, self._block, self._outputs.take
+        x = self._rows(step, "masked", (experts, block), out)
         scales = None
         if fp8 is not None:
             width, dtype = scale_columns(self._config.hidden_size, fp8)
-            scales = self._outputs.take(step, "scales", (self._experts, width, self._block), dtype).transpose(1, 2)
-            rows = convert_scales(self._scales(step, received), fp8)[torch.from_numpy(received.pair_row)]
-            slot = torch.from_numpy(placement.slot)
-            scales[slot // self._block, slot % self._block] = rows
+            scales = take(step, "scales", (experts, width, block), dtype).transpose(1, 2)
+        counts = take(step, "counts", (experts,), torch.int32)
+        source = take(step, "source", (experts, block), torch.int32)
+        ranges = take(step, "ranges", (experts, self._world), torch.int64) if by_source else None
+        return Masked(x, counts, source, scales, handle, ranges)
+
+    def masked(self, step: Step, received: Received, table: torch.Tensor, got: Masked) -> None:
+        """Fill what `reserve` returned."""
+        placement = place(received, self._starts, self._experts)
+        index = received.table_rows[received.pair_row[placement.by_expert]]
+        gather_segments(table, index, placement.counts, placement.starts, _as_table(got.x, table))
+        got.counts.copy_(_int32(placement.counts))
+        slot = torch.from_numpy(placement.slot)
+        source = self._source(received) if got.ranges is None else received.source[:, 1]
+        got.source.view(-1)[slot] = torch.from_numpy(source[received.pair_row])
+        if got.ranges is not None:
+            got.ranges.copy_(torch.from_numpy(self._ranges(received)))
+        if got.scales is not None:
+            form: ScaleFormat = "ue8m0" if got.scales.dtype == torch.int32 else "fp32"
+            rows = convert_scales(self._scales(step, received), form)[torch.from_numpy(received.pair_row)]
+            got.scales[slot // self._block, slot % self._block] = rows
         step.placement, step.output_rows = placement, self._experts * self._block
-        return Masked(x, _int32(placement.counts), source, scales, handle)
 
     def contiguous(
         self,
@@ -177,6 +184,12 @@ class Unpacker:
     def _source(self, received: Received) -> IntArray:
         source: IntArray = received.source[:, 0] * np.int32(self._config.max_tokens_per_rank) + received.source[:, 1]
         return source
+
+    def _ranges(self, received: Received) -> LongArray:
+        """int64 [E_l, R]: first row << 32 | number of rows of each source rank, in the block of each expert."""
+        pair = received.pair_expert.astype(np.int64) * self._world + received.source[received.pair_row, 0]
+        rows = np.bincount(pair, minlength=self._experts * self._world).reshape(self._experts, self._world)
+        return ((np.cumsum(rows, axis=1) - rows) << 32) | rows
 
     def _scales(self, step: Step, received: Received) -> torch.Tensor:
         parts = [

@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import torch
@@ -68,8 +69,11 @@ class VirtualGroup:
         from moe_a2a.gpu.grouped import GroupedRank
         from moe_a2a.gpu.masked import MaskedRank
 
-        #: int64 [1], a bit for each rank that lives; waits for a rank without its bit end at once.
-        self.alive = torch.full((1,), (1 << ranks) - 1, dtype=torch.int64, pin_memory=on_gpu)
+        words = torch.zeros(Layout.HOST_WORDS, dtype=torch.int64, pin_memory=on_gpu)
+        #: int64 [1], a bit for each rank that lives; a wait ends at once if only ranks without their bit are missing.
+        self.alive = words[Layout.ALIVE : Layout.ALIVE + 1].fill_((1 << ranks) - 1)
+        #: int64 [1], the ranks that kernels of any rank have last found missing.
+        self.told = words[Layout.TOLD : Layout.TOLD + 1]
         addresses = [[row.data_ptr() for row in region] for region in self._regions]
         self.ranks: list[MaskedRank] = [
             MaskedRank(
@@ -78,7 +82,7 @@ class VirtualGroup:
                 rank,
                 [region[rank] for region in self._regions],
                 addresses,
-                self.alive,
+                words,
                 processors,
                 timeout_s,
             )
@@ -167,33 +171,36 @@ class VirtualGroup:
             self._each("like", like),
             strict=True,
         )
-        if layout == "masked":
-            return [
-                rank.dispatch_send(rows, cast(torch.Tensor, ids), weights, scales=given, fp8=fp8, channel=channel)
-                for rank, (rows, ids, weights, given, _) in zip(self.ranks, each, strict=True)
+        with self._current():
+            if layout == "masked":
+                return [
+                    rank.dispatch_send(rows, cast(torch.Tensor, ids), weights, scales=given, fp8=fp8, channel=channel)
+                    for rank, (rows, ids, weights, given, _) in zip(self.ranks, each, strict=True)
+                ]
+            handles = [
+                rank.dispatch_layout(rows, ids, weights, scales=given, fp8=fp8, channel=channel, like=earlier)
+                for rank, (rows, ids, weights, given, earlier) in zip(self.contiguous, each, strict=True)
             ]
-        handles = [
-            rank.dispatch_layout(rows, ids, weights, scales=given, fp8=fp8, channel=channel, like=earlier)
-            for rank, (rows, ids, weights, given, earlier) in zip(self.contiguous, each, strict=True)
-        ]
-        for rank, handle in zip(self.contiguous, handles, strict=True):
-            rank.dispatch_rows(handle)
+            for rank, handle in zip(self.contiguous, handles, strict=True):
+                rank.dispatch_rows(handle)
         return handles
 
     def dispatch_recv(self, handles: Sequence[Handle], *, out: Sequence[torch.Tensor] | None = None) -> list[Masked]:
         """The receiving halves of a masked step. Raises InputError, HandleError."""
         outs = self._each("out", out)
-        return [r.dispatch_recv(h, out=o) for r, h, o in zip(self.ranks, handles, outs, strict=True)]
+        with self._current():
+            return [r.dispatch_recv(h, out=o) for r, h, o in zip(self.ranks, handles, outs, strict=True)]
 
     def contiguous_recv(
         self, handles: Sequence[Handle], *, out: Sequence[torch.Tensor] | None = None, host_counts: bool = False
     ) -> list[Contiguous]:
         """The receiving halves of a contiguous step. Raises InputError, HandleError."""
         outs = self._each("out", out)
-        return [
-            rank.dispatch_recv(handle, out=o, host_counts=host_counts)
-            for rank, handle, o in zip(self.contiguous, handles, outs, strict=True)
-        ]
+        with self._current():
+            return [
+                rank.dispatch_recv(handle, out=o, host_counts=host_counts)
+                for rank, handle, o in zip(self.contiguous, handles, outs, strict=True)
+            ]
 
     def grouped_recv(
         self,
@@ -206,10 +213,11 @@ class VirtualGroup:
         """The receiving halves of a step that was sent as contiguous, for the grouped layout. Raises InputError,
         HandleError."""
         outs = self._each("out", out)
-        return [
-            rank.dispatch_recv(handle, alignment=alignment, out=o, host_counts=host_counts)
-            for rank, handle, o in zip(self.grouped, handles, outs, strict=True)
-        ]
+        with self._current():
+            return [
+                rank.dispatch_recv(handle, alignment=alignment, out=o, host_counts=host_counts)
+                for rank, handle, o in zip(self.grouped, handles, outs, strict=True)
+            ]
 
     def combine(
         self,
@@ -223,41 +231,54 @@ class VirtualGroup:
         from moe_a2a.gpu.contiguous_state import ContiguousHandle
 
         ys, outs = self._all("y", y), self._each("out", out)
-        if isinstance(handles[0], ContiguousHandle):
+        with self._current():
+            if isinstance(handles[0], ContiguousHandle):
+                return self._combine_contiguous(ys, handles, topk_weights, outs)
             if topk_weights is not None:
-                raise InputError("the contiguous layout combines rows that carry their weights; leave topk_weights out")
-            ys = [
-                rank.contiguous_rows(rows, handle) for rank, handle, rows in zip(self.grouped, handles, ys, strict=True)
-            ]
-            for one, handle, rows in zip(self.contiguous, handles, ys, strict=True):
-                one.combine_apart(rows, handle)
-            return [
-                one.combine_sums(rows, handle, out=o)
-                for one, handle, rows, o in zip(self.contiguous, handles, ys, outs, strict=True)
-            ]
+                for rank, handle, weights in zip(self.ranks, handles, topk_weights, strict=True):
+                    rank.weights_push(handle, weights)
+            for rank, handle, rows in zip(self.ranks, handles, ys, strict=True):
+                rank.combine_send(rows, handle)
+            return [r.combine_recv(h, out=o) for r, h, o in zip(self.ranks, handles, outs, strict=True)]
+
+    def _combine_contiguous(
+        self,
+        ys: Sequence[torch.Tensor],
+        handles: Sequence[Handle],
+        topk_weights: Sequence[torch.Tensor] | None,
+        outs: Sequence[torch.Tensor | None],
+    ) -> list[torch.Tensor]:
         if topk_weights is not None:
-            for rank, handle, weights in zip(self.ranks, handles, topk_weights, strict=True):
-                rank.weights_push(handle, weights)
-        for rank, handle, rows in zip(self.ranks, handles, ys, strict=True):
-            rank.combine_send(rows, handle)
-        return [r.combine_recv(h, out=o) for r, h, o in zip(self.ranks, handles, outs, strict=True)]
+            raise InputError("the contiguous layout combines rows that carry their weights; leave topk_weights out")
+        ys = [rank.contiguous_rows(rows, handle) for rank, handle, rows in zip(self.grouped, handles, ys, strict=True)]
+        for one, handle, rows in zip(self.contiguous, handles, ys, strict=True):
+            one.combine_apart(rows, handle)
+        return [
+            one.combine_sums(rows, handle, out=o)
+            for one, handle, rows, o in zip(self.contiguous, handles, ys, outs, strict=True)
+        ]
 
     def discard(self, handles: Sequence[Handle]) -> None:
         """`AllToAll.discard` of every rank: end a step without a combine. Raises HandleError."""
         from moe_a2a.gpu.contiguous_state import ContiguousHandle
+        from moe_a2a.gpu.discard import discard_recv, discard_send
 
-        for one, handle in zip(self.contiguous, handles, strict=True):
-            if isinstance(handle, ContiguousHandle) and handle.phase is Phase.SENT:
-                one.dispatch_recv(handle)
-        for rank, handle in zip(self.ranks, handles, strict=True):
-            rank.discard_send(handle)
-        for rank, handle in zip(self.ranks, handles, strict=True):
-            rank.combine_recv(handle)
+        with self._current():
+            for one, handle in zip(self.contiguous, handles, strict=True):
+                if isinstance(handle, ContiguousHandle) and handle.phase is Phase.SENT:
+                    one.dispatch_recv(handle)
+            for rank, handle in zip(self.ranks, handles, strict=True):
+                discard_send(rank, handle)
+            for rank, handle in zip(self.ranks, handles, strict=True):
+                discard_recv(rank, handle)
 
     def check(self) -> None:
         """Raise what the kernels of any rank have reported: InputError, RankLost. Waits for the device."""
         for rank in self.ranks:
             rank.check()
+
+    def _current(self) -> AbstractContextManager[object]:
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def _all(self, name: str, values: Sequence[Any]) -> Sequence[Any]:
         if len(values) != len(self.ranks):

@@ -143,9 +143,9 @@ class ContiguousSteps:
         layout = self.group.layout
         for rank in self.group.ranks:
             state = rank._channels[rank._index(channel)]
-            start = ((state.calls + 1) % 2) * layout.parity_bytes
+            start = ((state.eager.calls + 1) % 2) * layout.parity_bytes
             state.region[start + layout.table : start + layout.sums] = POISON
-            if not state.open:
+            if not state.eager.open:
                 for parity in range(2):
                     end = (parity + 1) * layout.parity_bytes
                     state.region[parity * layout.parity_bytes + layout.sums : end] = POISON

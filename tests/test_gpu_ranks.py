@@ -15,6 +15,7 @@ from click.testing import CliRunner
 
 from moe_a2a import AllToAll, Config, ConfigError, Options, RankLost
 from moe_a2a.bench.command import bench
+from moe_a2a.gpu.layout import Layout
 from moe_a2a.gpu.peers import Peers
 from moe_a2a.transport.memory import HostMemory
 from moe_a2a.transport.wait import Watch
@@ -75,7 +76,7 @@ class Trio:
         for rank, other in self.others.items():
             self.memory.map_peer(rank, other.fd)
         self.watch = Watch(self.memory, (0, 1, 2), 0)
-        self.alive = np.array([0b111], dtype=np.int64)
+        self.alive = np.array([0b111, 0], dtype=np.int64)
         self.peers = Peers(self.memory, self.watch, 0, self.alive)
 
     def close(self) -> None:
@@ -118,12 +119,55 @@ def test_a_rank_that_closed_or_is_reported_missing_loses_its_bit(trio: Trio) -> 
     until(lambda: trio.alive[0] == 0b011)
     trio.others[1].close()
     until(lambda: trio.alive[0] == 0b001)
-    with pytest.raises(RankLost, match="rank 2 is missing, as rank 1 reports; rank 1 closed its AllToAll") as caught:
+    with pytest.raises(RankLost, match=r"rank 0: rank 2 is missing, as rank 1 reports$") as caught:
         trio.peers.check()
-    assert caught.value.ranks == (1, 2)
+    assert caught.value.ranks == (2,)  # rank 1 closed because of it
+
+
+def test_ranks_that_closed_of_their_own_accord_are_blamed(trio: Trio) -> None:
+    trio.others[1].close()
+    trio.others[2].set_fault(1)
+    trio.others[2].close()
+    until(lambda: trio.alive[0] == 0b001)
+    with pytest.raises(RankLost, match=r"rank 0: rank 1 closed its AllToAll$") as caught:
+        trio.peers.check()
+    assert caught.value.ranks == (1,)
 
 
 def test_what_this_rank_misses_reaches_the_others_and_ends_its_own_waits(trio: Trio) -> None:
     trio.peers.report([1])
     assert trio.alive[0] == 0b101
     assert trio.memory.fault(0) == 1
+
+
+def test_the_host_hears_from_kernels_whom_they_miss_without_being_asked(trio: Trio) -> None:
+    trio.alive[Layout.TOLD] = 0b010
+    until(lambda: trio.alive[0] == 0b101)
+    until(lambda: trio.memory.fault(0) == 1)
+    with pytest.raises(RankLost, match="rank 1 was missing from a step") as caught:
+        trio.peers.check()
+    assert caught.value.ranks == (1,)
+
+
+def test_ranks_are_left_out_and_taken_back_but_not_the_lost(trio: Trio) -> None:
+    trio.peers.tolerate_missing()
+    trio.peers.leave_out(0b010)
+    assert trio.alive[0] == 0b101
+    assert trio.peers.lost == {}
+    trio.peers.check()
+    trio.others[2].close()
+    until(lambda: trio.alive[0] == 0b001)
+    trio.peers.take_back(0b110)
+    assert trio.alive[0] == 0b011
+
+
+def test_where_ranks_may_be_missing_the_host_ends_waits_for_them_and_tells_nobody(trio: Trio) -> None:
+    trio.peers.tolerate_missing()
+    trio.others[2].set_fault(1)
+    trio.alive[Layout.TOLD] = 0b100
+    until(lambda: trio.alive[0] == 0b011)
+    trio.alive[Layout.TOLD] = 0
+    trio.peers.take_back(0b100)
+    time.sleep(0.1)
+    assert trio.alive[0] == 0b111
+    assert trio.memory.fault(0) is None and trio.peers.lost == {}

@@ -7,7 +7,7 @@ import torch
 
 from moe_a2a import Config, ConfigError
 from moe_a2a.gpu.layout import Layout
-from moe_a2a.gpu.report import describe_bad_input, ranks_of
+from moe_a2a.gpu.report import NO_BAD_INPUT, describe_bad_input, describe_misuse, ranks_of
 
 AREAS = ("flags", "headers", "chunks", "matrix", "counts", "table", "weights", "source", "rows", "sums")
 
@@ -66,8 +66,26 @@ def test_the_name_tells_layouts_apart() -> None:
     assert len(names) == 6 and all(name.isidentifier() for name in names)
 
 
+def bad_word(token: int, position: int, kind: int, value: int) -> int:
+    return token << 42 | position << 35 | kind << 32 | value
+
+
 def test_report_words_read_as_messages() -> None:
-    layout = Layout(2, 256, 7168, 8, 128, 2)
-    word = 127 << 40 | 7 << 34 | 0 << 32 | (300 + (1 << 31))
-    assert describe_bad_input(word, layout) == "topk_ids[127, 7] = 300; allowed are 0 to 255, and -1 for no expert"
+    layout = Layout(2, 256, 32768, 8, 1 << 20, 2)
+
+    def says(*fields: int) -> str:
+        return describe_bad_input(bad_word(*fields), layout, torch.float16)
+
+    last = (1 << 20) - 1
+    id_300, minus_inf = 300 + (1 << 31), 0xFF800000
+    assert says(127, 7, 0, id_300) == "topk_ids[127, 7] = 300; allowed are 0 to 255, and -1 for no expert"
+    assert says(last, 31, 1, id_300).startswith(f"topk_ids[{last}] names expert 300 twice")
+    assert says(3, 2, 2, minus_inf).startswith("scales: token 3, columns 256 to 383 has scale -inf; scales must be")
+    assert says(3, 127, 3, 0x7FC00000).startswith("x: token 3, columns 16256 or later has scale nan; scales must be")
+    assert says(9, 31, 4, minus_inf) == (
+        "topk_weights[9, 31] = -inf; router weights must be finite and within 65504 for torch.float16"
+    )
+    assert bad_word(last, 127, 4, 0xFFFFFFFF) < NO_BAD_INPUT
     assert ranks_of(0b10110) == [1, 2, 4]
+    assert "while the one before the last was open" in describe_misuse(Layout.STARTED_EARLY)
+    assert "that had ended" in describe_misuse(Layout.ENDED_TWICE)

@@ -7,6 +7,7 @@ import signal
 import time
 
 import pytest
+import torch.distributed as dist
 from ranks import Ctx, run_ranks
 from steps import Case, Flight, run_step
 
@@ -115,3 +116,33 @@ def _close_early(ctx: Ctx) -> None:
 
 def test_a_rank_that_closes_while_it_is_waited_for_is_named():
     run_ranks(_close_early, 3)
+
+
+def _ask_who_is_missing(ctx: Ctx) -> None:
+    a2a = ctx.a2a(CASE.config(), timeout_s=TIMEOUT_S)
+    good, bad = Flight(a2a, CASE, 0), Flight(a2a, CASE, 1)
+    good.send()
+    assert a2a.missing(good.handle) == []
+    good.land()
+    ctx.barrier("all is well")
+    if ctx.rank == 1:
+        os._exit(3)
+    bad.send()
+    with pytest.raises(RankLost):
+        bad.land()
+    assert a2a.missing(good.handle) == []
+    assert a2a.missing(bad.handle) == [1]
+    a2a.close()
+    with pytest.raises(HandleError, match="is closed"):
+        a2a.missing(good.handle)
+    with ctx_alone(ctx) as other, pytest.raises(HandleError, match="another AllToAll"):
+        other.missing(good.handle)
+
+
+def ctx_alone(ctx: Ctx) -> AllToAll:
+    """An object of this rank only."""
+    return AllToAll(CASE.config(), store=dist.HashStore(), rank=0, world_size=1)
+
+
+def test_a_handle_says_who_is_missing_from_its_step():
+    run_ranks(_ask_who_is_missing, 3, dies=[1])

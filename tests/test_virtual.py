@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Sequence
-from typing import Any
 
 # Before anything imports Triton, which decides then how it runs kernels.
 if "triton" not in sys.modules:
@@ -15,25 +13,30 @@ if "triton" not in sys.modules:
 import pytest
 import torch
 import triton
-from virtual_steps import Steps, bits, check_combine, check_dispatch, check_rows, expert_outputs, make_inputs
+from virtual_steps import (
+    Steps,
+    bits,
+    check_combine,
+    check_dispatch,
+    check_rows,
+    expert_outputs,
+    group_of,
+    make_inputs,
+    poison,
+    send,
+    sizes_of,
+    without,
+)
 
 from moe_a2a import Config, ConfigError, HandleError, InputError, RankLost
+from moe_a2a import reference as ref
 from moe_a2a.fp8 import ScaleFormat, pack_ue8m0, quantize
-from moe_a2a.gpu.handle import GpuHandle
+from moe_a2a.gpu.wait_times import add_wait_times
 from moe_a2a.virtual import VirtualGroup
-from moe_a2a.workload import Inputs
 
 pytestmark = pytest.mark.skipif(
     not triton.knobs.runtime.interpret, reason="Triton was imported to compile in this process; run without tests/gpu"
 )
-
-
-def group_of(
-    ranks: int, *, hidden: int = 128, top_k: int = 2, tokens: int = 3, experts: int = 8, **options: Any
-) -> VirtualGroup:
-    channels = options.pop("channels", ("default",))
-    dtype = options.pop("dtype", torch.bfloat16)
-    return VirtualGroup(Config(experts, hidden, top_k, tokens, dtype, channels), ranks, "cpu", **options)
 
 
 @pytest.mark.parametrize("ranks, fp8", [(2, None), (2, "fp32"), (4, None), (4, "ue8m0"), (8, "fp32")])
@@ -208,19 +211,59 @@ def test_a_group_that_cannot_be_is_refused() -> None:
         VirtualGroup(Config(8, 128, 2, 3), 2, "meta")
 
 
+@pytest.mark.parametrize("ranks, fp8", [(2, "ue8m0"), (4, None)])
+def test_origins_by_source_are_a_range_of_rows_for_each_rank(ranks: int, fp8: ScaleFormat | None) -> None:
+    """As DeepEP's handles hold them; the result's tensors are known before the receive."""
+    group = group_of(ranks, top_k=3)
+    steps = Steps(group)
+    for tokens in ([3, 1, 2, 3][:ranks], [0, 3, 3, 1][:ranks], [0] * ranks):
+        inputs = steps.inputs(tokens, holes=0.2)
+        handles = group.dispatch_send([i.x for i in inputs], [i.topk_ids for i in inputs], fp8=fp8)
+        outs = steps.poisoned(fp8)
+        known = [r.reserve(h, by_source=True, out=o) for r, h, o in zip(group.ranks, handles, outs, strict=True)]
+        got = group.dispatch_recv(handles)
+        assert all(a is b for a, b in zip(known, got, strict=True))
+        for rank, have in enumerate(got):
+            want = ref.dispatch_masked(sizes_of(group), [i.x for i in inputs], [i.topk_ids for i in inputs], rank)
+            assert have.ranges is not None and torch.equal(have.counts, want.counts)
+            for expert, count in enumerate(want.counts.tolist()):
+                source = want.source[expert, :count]
+                assert torch.equal(have.source[expert, :count], source % 3)
+                rows = torch.bincount(source // 3, minlength=ranks)
+                assert torch.equal(have.ranges[expert], (rows.cumsum(0) - rows << 32) | rows)
+        steps.combine(inputs, handles, weights=True)
+        poison(got)
+        steps.number += 1
+
+
+def test_wait_times_name_the_rank_that_is_slow() -> None:
+    group = group_of(3, timeout_s=1.0, experts=6)
+    (one, two, _), inputs = group.ranks, make_inputs(group.config, 0, 0, [3, 2, 1])
+    handles = [rank.dispatch_send(i.x, i.topk_ids) for rank, i in zip((one, two), inputs, strict=False)]
+    times = torch.zeros(3, dtype=torch.int64)
+    began = time.monotonic()
+    add_wait_times(one, handles[0], times)
+    one.dispatch_recv(handles[0])  # rank 2 never comes
+    assert times[2] >= 1_000_000_000 > 3 * times[:2].max()
+    assert time.monotonic() - began < 1.9  # the receive goes by the same clock: one budget, not two
+    assert one.missing(handles[0]) == [2]
+    group.alive.fill_(0b011)
+    two.control[group.layout.BUDGET_NS] = 1000 * 10**9
+    add_wait_times(two, handles[1], torch.zeros(3, dtype=torch.int64))
+    two.dispatch_recv(handles[1])  # ends: rank 2 is known to be dead
+    for rank, handle, i in zip((one, two), handles, inputs, strict=False):
+        rank.weights_push(handle, i.topk_weights)
+    times.zero_()
+    add_wait_times(one, handles[0], times)
+    one.combine_send(expert_outputs(group, 0)[0], handles[0])
+    assert times[2] == 0 and times[:2].min() > 0  # rank 2 sent no tokens, and owes no weights
+    one.combine_recv(handles[0])  # rank 1 does not come to it
+    assert times[1] >= 1_000_000_000 and times[2] == 0  # nor any sums
+    with pytest.raises(HandleError, match="has still to wait"):
+        add_wait_times(one, handles[0], times)
+
+
 # -------------------------------------------------------------------------------------------------------------- faults
-
-
-def without(inputs: list[Inputs], rank: int) -> list[Inputs]:
-    """The inputs as a rank sees them that did not hear from `rank`."""
-    gone = inputs[rank]
-    empty = type(gone)(gone.x[:0], gone.topk_ids[:0], gone.topk_weights[:0])
-    return [*inputs[:rank], empty, *inputs[rank + 1 :]]
-
-
-def send(group: VirtualGroup, inputs: Sequence[Inputs], rank: int) -> GpuHandle:
-    i = inputs[rank]
-    return group.ranks[rank].dispatch_send(i.x, i.topk_ids, i.topk_weights)
 
 
 def test_a_rank_that_does_not_come_is_left_out_and_named() -> None:
@@ -263,9 +306,10 @@ def test_a_rank_that_came_too_late_for_one_peer_is_told_so() -> None:
         group.ranks[r].combine_send(y[r], handles[r])
     out = [group.ranks[r].combine_recv(handles[r]) for r in range(3)]
     assert [group.ranks[r].missing(handles[r]) for r in range(3)] == [[2], [], [0]]
-    check_combine(group, inputs, y, out, [0, 1])
-    kept = [type(i)(i.x, i.topk_ids.masked_fill(i.topk_ids == 0, -1), i.topk_weights) for i in inputs]
-    check_combine(group, kept, y, out, [2])
+    check_combine(group, inputs, y, out, [1])
+    for rank, other in ((0, 2), (2, 0)):  # neither has anything from the other: there is one expert on a rank
+        kept = [type(i)(i.x, i.topk_ids.masked_fill(i.topk_ids == other, -1), i.topk_weights) for i in inputs]
+        check_combine(group, kept, y, out, [rank])
 
 
 def test_a_membership_change_ends_a_wait_at_once() -> None:
@@ -319,12 +363,17 @@ def test_both_halves_in_one_launch_match_the_oracle(fp8: ScaleFormat | None) -> 
         mine, y = inputs[0], expert_outputs(group, number)
         weights = mine.topk_weights if number != 2 else None
         storage = Steps(group).poisoned(fp8)[0]
-        got = rank.dispatch(mine.x, mine.topk_ids, weights, fp8=fp8, out=storage)
+        got = rank.dispatch(mine.x, mine.topk_ids, weights, fp8=fp8, out=storage, by_source=number == 2)
         assert got.x is storage
+        assert number != 2 or (got.ranges is not None and torch.equal(got.ranges[:, 0], got.counts.long()))
         check_dispatch(group, inputs, [got], fp8)
         out = torch.full_like(mine.x, float("nan"))
+        times = torch.zeros(1, dtype=torch.int64)
+        if number == 2:
+            add_wait_times(rank, got.handle, times)
         assert rank.combine(y[0], got.handle, mine.topk_weights if weights is None else None, out=out) is out
         check_combine(group, inputs, y, [out])
+        assert (times[0] > 0) == (number == 2)
         with pytest.raises(HandleError, match="finished"):
             rank.combine(y[0], got.handle)
     group.check()

@@ -11,11 +11,21 @@ from torch import Tensor
 from moe_a2a import Config, workload
 from moe_a2a import reference as ref
 from moe_a2a.fp8 import ScaleFormat
+from moe_a2a.gpu.handle import GpuHandle
 from moe_a2a.types import Handle, Masked
 from moe_a2a.virtual import VirtualGroup
 from moe_a2a.workload import Inputs
 
 POISON = 0x7F  # as bytes: NaN in FP8 and bf16, huge in int32
+
+
+def group_of(
+    ranks: int, *, hidden: int = 128, top_k: int = 2, tokens: int = 3, experts: int = 8, **options: Any
+) -> VirtualGroup:
+    """A small group in the interpreter."""
+    channels = options.pop("channels", ("default",))
+    dtype = options.pop("dtype", torch.bfloat16)
+    return VirtualGroup(Config(experts, hidden, top_k, tokens, dtype, channels), ranks, "cpu", **options)
 
 
 def sizes_of(group: VirtualGroup) -> ref.Sizes:
@@ -198,3 +208,15 @@ class Steps:
         got = self.dispatch(inputs, fp8, weights)
         self.combine(inputs, [d.handle for d in got], not weights)
         self.group.check()
+
+
+def without(inputs: list[Inputs], rank: int) -> list[Inputs]:
+    """The inputs as a rank sees them that did not hear from `rank`."""
+    gone = inputs[rank]
+    empty = type(gone)(gone.x[:0], gone.topk_ids[:0], gone.topk_weights[:0])
+    return [*inputs[:rank], empty, *inputs[rank + 1 :]]
+
+
+def send(group: VirtualGroup, inputs: Sequence[Inputs], rank: int) -> GpuHandle:
+    i = inputs[rank]
+    return group.ranks[rank].dispatch_send(i.x, i.topk_ids, i.topk_weights)

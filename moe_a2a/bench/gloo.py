@@ -49,7 +49,9 @@ class GlooAllToAll:
         handle = Handle(self, step, fp8)
         rows = self.table(step.row_format)
         if layout == "masked":
-            return self._unpacker.masked(step, received, rows, handle, fp8, None)
+            got = self._unpacker.reserve(step, handle, fp8, None, False)
+            self._unpacker.masked(step, received, rows, got)
+            return got
         if layout == "contiguous":
             return self._unpacker.contiguous(step, received, rows, handle, fp8, None)
         return self._unpacker.grouped(step, received, rows, handle, fp8, None, 128)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from contextlib import AbstractContextManager, nullcontext
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -22,9 +22,12 @@ from moe_a2a.gpu.contiguous_state import ContiguousHandle
 from moe_a2a.gpu.handle import GpuHandle
 from moe_a2a.gpu.layout import Layout as Places
 from moe_a2a.gpu.rendezvous import find_device, meet
-from moe_a2a.gpu.report import NO_BAD_INPUT
+from moe_a2a.gpu.report import NO_BAD_INPUT, NOTHING
 from moe_a2a.step import Phase
-from moe_a2a.types import Dispatched, Handle, Layout
+from moe_a2a.types import Dispatched, Handle, Layout, Masked
+
+if TYPE_CHECKING:
+    from moe_a2a.gpu.mask import Mask
 
 #: How often reports are copied: every so many steps, and after so long. A copy costs a launch.
 _REPORT_STEPS, _REPORT_S = 32, 0.05
@@ -63,12 +66,13 @@ class GpuBackend:
             )
             self.contiguous = ContiguousRank(self.rank, options.num_sms or DEFAULT_SMS)
             self.grouped = GroupedRank(self.contiguous, self.rank._processors)
-            self._seen = torch.tensor([NO_BAD_INPUT, 0], dtype=torch.int64).pin_memory()
+            self._seen = torch.tensor(NOTHING, dtype=torch.int64).pin_memory()
             torch.cuda.synchronize()
         self._news = memoryview(self._seen.numpy().data)
         self._since, self._copied = 0, time.monotonic()
         self._compiled: set[tuple[object, ...]] = set()
         self._compiling: GpuHandle | None = None
+        self._mask: Mask | None = None
 
     # dispatch
 
@@ -85,6 +89,7 @@ class GpuBackend:
         alignment: int,
         out: torch.Tensor | None,
         host_counts: bool,
+        by_source: bool,
     ) -> Dispatched:
         if layout != "masked":
             if out is not None:
@@ -102,7 +107,9 @@ class GpuBackend:
         ids = _masked_ids(topk_ids, like, host_counts)
         self._ready()
         with self._current():
-            got = self.rank.dispatch(x, ids, topk_weights, scales=scales, fp8=fp8, channel=channel, out=out)
+            got = self.rank.dispatch(
+                x, ids, topk_weights, scales=scales, fp8=fp8, channel=channel, out=out, by_source=by_source
+            )
             self._sent(got.handle)
         return got
 
@@ -130,6 +137,13 @@ class GpuBackend:
                 handle.layout = layout
             self._sent(handle)
         return handle
+
+    def reserve(self, handle: Handle, by_source: bool, out: torch.Tensor | None) -> Masked:
+        mine = self._own(handle)
+        if isinstance(mine, ContiguousHandle):
+            raise InputError(f"{mine!r} was sent for the {mine.layout} layout; outputs are reserved in the masked one")
+        with self._current():
+            return self.rank.reserve(mine, by_source=by_source, out=out)
 
     def dispatch_recv(
         self, handle: Handle, layout: Layout | None, alignment: int, out: torch.Tensor | None, host_counts: bool
@@ -180,15 +194,35 @@ class GpuBackend:
             self._ended(mine)
         return result if out is None else out
 
+    def add_wait_times(self, handle: Handle, into: torch.Tensor) -> None:
+        from moe_a2a.gpu.wait_times import add_wait_times
+
+        self._own(handle)
+        add_wait_times(self.rank, handle, into)
+
     def discard(self, handle: Handle) -> None:
-        from moe_a2a.gpu.discard import discard
+        from moe_a2a.gpu.discard import discard_recv, discard_send
 
         self._health.check()
         with self._current():
-            discard(self.rank, handle)
+            discard_send(self.rank, handle)
+            discard_recv(self.rank, handle)
             self._ended(handle)
 
+    def tolerate_missing(self) -> Mask:
+        """From now on ranks that are missing are left out of later steps, and no RankLost is raised."""
+        from moe_a2a.gpu.mask import Mask
+
+        self._mask = Mask(self.rank, self._peers)
+        return self._mask
+
     # what went wrong
+
+    def missing(self, handle: Handle) -> list[int]:
+        self._health.check_open()
+        torch.cuda.synchronize(self.device)
+        with self._current():
+            return self.rank.missing(handle)
 
     def check(self) -> None:
         self._health.check()
@@ -199,14 +233,18 @@ class GpuBackend:
     def _ready(self) -> None:
         """Before a step begins: raise what is known to have gone wrong, without asking the device on the good path."""
         self._health.check()
-        if self._peers.lost or self._news[0] != NO_BAD_INPUT or self._news[1]:
+        if self._peers.lost or self._news[0] != NO_BAD_INPUT or self._news[1] or self._news[2]:
             self._look()
 
     def _look(self) -> None:
         """Raise what is known to have gone wrong."""
+        if self._mask is not None and self._news[0] == NO_BAD_INPUT and not self._news[2]:
+            return  # ranks are missing, as they may be with a mask: kernels leave them out
         if torch.cuda.is_current_stream_capturing():
             return  # the device cannot be asked; the call after the capture raises it
         self._raise_reports()
+        if self._mask is not None:
+            return
         try:
             self._peers.check()
         except RankLost as error:
@@ -215,15 +253,21 @@ class GpuBackend:
 
     def _raise_reports(self) -> None:
         """Raise what kernels of this device have found. Waits for the current stream."""
-        self._news[0], self._news[1] = NO_BAD_INPUT, 0
+        self._news[0], self._news[1], self._news[2] = NOTHING
         try:
             with self._current():
                 self.rank.check()
+        except HandleError as error:
+            self._health.broken = error
+            raise
         except RankLost as error:
-            # A death ends waits for others too, who may have been waiting for the same rank: blame the origin.
-            origin = [rank for rank in error.ranks if rank in self._peers.lost]
+            if self._mask is not None:
+                return
+            # Ranks that missed another, and closed, are missing too: blame the origin.
+            blamed = self._peers.blamed()
+            origin = [rank for rank in error.ranks if rank in blamed]
             if origin:
-                why = "; ".join(f"rank {rank} {self._peers.lost[rank]}" for rank in origin)
+                why = "; ".join(f"rank {rank} {blamed[rank]}" for rank in origin)
                 error = RankLost(f"{error}: {why}", origin)
             self._break(error)
             raise error from None
@@ -239,7 +283,7 @@ class GpuBackend:
             self._compiling = None
         self._since += 1
         late = self._since >= _REPORT_STEPS or time.monotonic() - self._copied > _REPORT_S
-        if (late or self._peers.lost) and not torch.cuda.is_current_stream_capturing():
+        if (late or (self._peers.lost and self._mask is None)) and not torch.cuda.is_current_stream_capturing():
             self._copy_reports()
 
     def _copy_reports(self) -> None:

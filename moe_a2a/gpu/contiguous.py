@@ -14,10 +14,11 @@ from moe_a2a.checks import check_like, padded
 from moe_a2a.errors import HandleError, InputError, MoeA2AError
 from moe_a2a.fp8 import FP8, ScaleFormat
 from moe_a2a.gpu import inputs
-from moe_a2a.gpu.contiguous_state import ContiguousHandle, Extra, Output, Sent
-from moe_a2a.gpu.handle import Channel
+from moe_a2a.gpu.contiguous_state import ContiguousHandle, ContiguousSlot, Extra, Output, Sent
+from moe_a2a.gpu.handle import Channel, Turns
 from moe_a2a.gpu.layout import SLOTS
 from moe_a2a.gpu.masked import MaskedRank
+from moe_a2a.gpu.routing import Routing
 from moe_a2a.kernels.contiguous_combine import contiguous_combine
 from moe_a2a.kernels.contiguous_layout import contiguous_layout
 from moe_a2a.kernels.contiguous_recv import contiguous_recv
@@ -26,8 +27,8 @@ from moe_a2a.kernels.formats import COPY, GIVEN, GIVEN_POW2, QUANTISE, QUANTISE_
 from moe_a2a.step import Phase
 from moe_a2a.types import Contiguous, Handle
 
-#: Of the programs of a combine, one in so many sends: eight SMs fill a link, adding rows up is bound by memory.
-_SENDERS = 3
+#: Of 24 programs of a combine, so many send: eight SMs fill a link, adding rows up is bound by memory.
+_SENDERS = 8
 
 
 class ContiguousRank:
@@ -39,10 +40,14 @@ class ContiguousRank:
 
     def __init__(self, base: MaskedRank, num_sms: int) -> None:
         self.base, self.layout, self.config, self.device = base, base.layout, base.config, base.device
-        self._senders = max(1, num_sms // _SENDERS)
-        self._receivers = max(1, num_sms - self._senders)
+        self.use_sms(num_sms)
+        self._extras = {name: Extra.of(base.layout, base.device) for name in base.config.channels}
+
+    def use_sms(self, num_sms: int) -> None:
+        """The most SMs that later launches use."""
         self._programs = num_sms
-        self._extras: dict[str, Extra] = {}
+        self._senders = max(1, round(num_sms * _SENDERS / 24))
+        self._receivers = max(1, num_sms - self._senders)
 
     # dispatch
 
@@ -58,7 +63,8 @@ class ContiguousRank:
         like: Handle | None = None,
     ) -> ContiguousHandle:
         """Launch the exchange of counts. Arguments as `AllToAll.dispatch_send`; all must stay unchanged until
-        `dispatch_rows` has run too. Raises InputError, HandleError."""
+        `dispatch_rows` has run too. like: not from outside of a graph into its capture, nor the other way. Raises
+        InputError, HandleError."""
         base, layout = self.base, self.layout
         rows = inputs.check_tokens(self.config, x, fp8, self.device)
         given = inputs.check_scales(self.config, rows, scales, self.device)
@@ -66,9 +72,11 @@ class ContiguousRank:
         fp8, mode = _mode(rows, fp8, given)
         if mode == COPY and layout.fp8_only:
             raise InputError("this group's buffers hold FP8 rows only; give fp8='fp32', 'pow2' or 'ue8m0'")
+        base._check_device()
         name = self.config.channels[base._index(channel)]
-        state = base._channels[base._index(channel)]
-        extra = self._extra(name)
+        state, extra = base._channels[base._index(channel)], self._extras[name]
+        captured = base._is_capturing()
+        turns = state.captured if captured else state.eager
         ids, weights, tables = None, None, None
         if like is None:
             if topk_ids is None:
@@ -76,22 +84,25 @@ class ContiguousRank:
             shape = (tokens, self.config.top_k)
             ids = inputs.check_tensor("topk_ids", topk_ids, shape, (torch.int32, torch.int64), self.device)
             weights = base._weights(topk_weights, tokens)
-            base._check_free(state)
-            routing = extra.free_routing(state.open)
+            base._check_free(turns)
+            routing = Routing.empty(layout, self.device) if captured else extra.free_routing(turns.open)
         else:
-            earlier = self._known(like, name, extra, state.calls)
+            earlier = self._known(like, name, extra, turns, captured)
             check_like(topk_ids, topk_weights, tokens, earlier.tokens)
             routing, tables = earlier.routing, earlier.tables
-            base._check_free(state)
-        state.calls += 1
-        slot = extra.slots[state.calls % SLOTS]
+            base._check_free(turns)
+        turns.calls += 1
+        slot = extra.slots[turns.calls % SLOTS]
+        if captured:  # as in MaskedRank._begin: memory of its own, but for counts, which nobody may ask for
+            slot = ContiguousSlot.of(layout, self.device, extra.unread)
+        else:
+            extra.note(turns.calls, like is not None)
         slot.hits = routing.hits
-        extra.note(state.calls, like is not None)
         if like is None:
-            routing.call = state.calls
+            routing.call = turns.calls
         bits = header_bits(mode, weights is not None, contiguous=True)
         sent = Sent(rows, weights, given, mode, like is not None, tables)
-        handle = ContiguousHandle(base, name, state.calls, slot, bits, fp8, sent, routing)
+        handle = ContiguousHandle(base, name, turns, captured, slot, bits, fp8, sent, routing)
         contiguous_layout(
             layout,
             base.rank,
@@ -108,7 +119,7 @@ class ContiguousRank:
             report=base.report,
             programs=self._programs,
         )
-        state.open.append(handle)
+        turns.open.append(handle)
         return handle
 
     def dispatch_rows(self, handle: ContiguousHandle) -> None:
@@ -127,6 +138,7 @@ class ContiguousRank:
             mine.bits,
             mine.known,
             mine.ticket,
+            largest_weight=self.base._largest_weight,
             region=state.region,
             peers=state.peers,
             control=self.base.control,
@@ -160,6 +172,8 @@ class ContiguousRank:
         if out is not None:
             self.check_out(out, dtype, most)
         shown = self._output(state, mine)
+        if mine.wait_times is not None:
+            base._watch(mine, layout.DISPATCH)
         contiguous_recv(
             layout,
             base.rank,
@@ -173,6 +187,7 @@ class ContiguousRank:
             region=state.region,
             control=base.control,
             alive=base._alive,
+            live=state.live,
             handle=mine.slot.handle,
             came=mine.slot.places,
             routing=mine.routing,
@@ -229,16 +244,21 @@ class ContiguousRank:
         InputError, HandleError."""
         mine, state = self._step(handle, Phase.COMBINING)
         result = self._result(mine, out)
+        if mine.wait_times is not None:
+            self.base._watch(mine, self.layout.COMBINE)
         self._combine(mine, state, result, result, 0, self._programs, True)
-        return self._done(mine, state, result)
+        return self._done(mine, result)
 
     def combine(self, y: torch.Tensor, handle: Handle, *, out: torch.Tensor | None = None) -> torch.Tensor:
         """Both halves in one launch, which overlap. As `combine_send` and `combine_recv`; y must stay unchanged until
         the launch has run."""
         mine, state = self._step(handle, Phase.RECEIVED)
         rows, result = self._outputs_of_experts(y, mine), self._result(mine, out)
+        if mine.wait_times is not None:  # in one launch there is no place for another in front of the wait
+            self.combine_send(rows, mine)
+            return self.combine_recv(mine, out=result)
         self._combine(mine, state, rows, result, self._senders, self._receivers, False)
-        return self._done(mine, state, result)
+        return self._done(mine, result)
 
     def combine_apart(self, y: torch.Tensor, handle: Handle) -> None:
         """The senders of `combine` only, for ranks that share a stream: `combine_sums` follows when all have sent."""
@@ -252,7 +272,7 @@ class ContiguousRank:
         mine, state = self._step(handle, Phase.COMBINING)
         rows, result = self._outputs_of_experts(y, mine), self._result(mine, out)
         self._combine(mine, state, rows, result, 0, self._receivers, False)
-        return self._done(mine, state, result)
+        return self._done(mine, result)
 
     # helpers
 
@@ -300,9 +320,9 @@ class ContiguousRank:
             return torch.empty(shape, dtype=self.config.dtype, device=self.device)
         return inputs.check_tensor("out", out, shape, (self.config.dtype,), self.device)
 
-    def _done(self, mine: ContiguousHandle, state: Channel, result: torch.Tensor) -> torch.Tensor:
+    def _done(self, mine: ContiguousHandle, result: torch.Tensor) -> torch.Tensor:
         mine.phase = Phase.DONE
-        state.open.remove(mine)
+        mine.turns.open.remove(mine)
         return result
 
     def step(self, handle: Handle, needed: Phase) -> ContiguousHandle:
@@ -315,19 +335,19 @@ class ContiguousRank:
             raise HandleError(f"{mine!r} was sent for the masked layout; this call needs a contiguous step")
         return mine, state
 
-    def _extra(self, name: str) -> Extra:
-        if name not in self._extras:
-            self._extras[name] = Extra.of(self.layout, self.device)
-        return self._extras[name]
-
-    def _known(self, like: Handle, name: str, extra: Extra, calls: int) -> ContiguousHandle:
-        """The step, whose routing and tables are still there."""
+    def _known(self, like: Handle, name: str, extra: Extra, turns: Turns, captured: bool) -> ContiguousHandle:
+        """The step, whose routing and tables are still there. Of those in captures, the kernels find it out."""
         if not isinstance(like, ContiguousHandle) or like._owner is not self.base or like.channel != name:
             raise HandleError(f"like={like!r}; give the handle of a contiguous step of channel {name!r} of this object")
         if like.tables is None:
             raise HandleError(f"like={like!r}; receive that step first")
+        if like.captured != captured:
+            where = "in a CUDA graph's capture" if captured else "outside of a CUDA graph's capture"
+            raise HandleError(
+                f"like={like!r}, and this call is {where}; both belong into the same graph, or outside of graphs"
+            )
         call = like.routing_call
-        if like.routing.call != call or not extra.holds(call, calls):
+        if not captured and (like.routing.call != call or not extra.holds(call, turns.calls)):
             raise HandleError(
                 f"like={like!r}: the routing of dispatch {call} has been overwritten by a later dispatch of the "
                 "channel; give topk_ids again"
@@ -335,7 +355,9 @@ class ContiguousRank:
         return like
 
     def _output(self, state: Channel, mine: ContiguousHandle) -> Output:
-        found = self._extra(mine.channel).outputs
+        if mine.captured:  # what of it is no view of the region is the graph's own
+            return Output.of(self.layout, state.region, mine.block, self.config.dtype, mine._fp8)
+        found = self._extras[mine.channel].outputs
         key = (mine.block, mine._fp8)
         if key not in found:
             found[key] = Output.of(self.layout, state.region, mine.block, self.config.dtype, mine._fp8)
@@ -343,6 +365,8 @@ class ContiguousRank:
 
     def counts_on_host(self, mine: ContiguousHandle) -> list[int]:
         """Rows of each source, and for each local expert. Waits until contiguous_send has written them."""
+        if mine.captured:
+            raise InputError("host_counts=True waits for counts, which a CUDA graph's capture cannot; leave it out")
         words, ticket = mine.slot.host.numpy(), mine.ticket
         began = time.monotonic()
         while (words >> 32 != ticket).any():

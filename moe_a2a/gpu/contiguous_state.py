@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from moe_a2a.fp8 import FP8, ScaleFormat, scale_columns
-from moe_a2a.gpu.handle import GpuHandle, Slot
+from moe_a2a.gpu.handle import GpuHandle, Slot, Turns
 from moe_a2a.gpu.layout import SLOTS, Layout
 from moe_a2a.gpu.routing import Routing
 from moe_a2a.types import Layout as LayoutName
@@ -27,10 +27,10 @@ class ContiguousSlot(Slot):
     host: torch.Tensor
 
     @staticmethod
-    def empty(layout: Layout, device: torch.device) -> ContiguousSlot:
-        words = torch.zeros(layout.HANDLE_WORDS, dtype=torch.int64, device=device)
-        came = torch.zeros(layout.R + 2, dtype=torch.int32, device=device)
-        host = torch.zeros(layout.R + layout.E_L, dtype=torch.int64, pin_memory=device.type == "cuda")
+    def of(layout: Layout, device: torch.device, host: torch.Tensor) -> ContiguousSlot:
+        """Kernels write all that they read."""
+        words = torch.empty(layout.HANDLE_WORDS, dtype=torch.int64, device=device)
+        came = torch.empty(layout.R + 2, dtype=torch.int32, device=device)
         return ContiguousSlot(words, words[:0], came, host)
 
 
@@ -61,18 +61,20 @@ class ContiguousHandle(GpuHandle):
         self,
         owner: object,
         channel: str,
-        call: int,
+        turns: Turns,
+        captured: bool,
         slot: ContiguousSlot,
         bits: int,
         fp8: ScaleFormat | None,
         sent: Sent,
         routing: Routing,
     ) -> None:
-        super().__init__(owner, channel, call, slot, sent.x.shape[0], bits, fp8, sent.weights is not None)
+        tokens, weighted = sent.x.shape[0], sent.weights is not None
+        super().__init__(owner, channel, turns, captured, slot, tokens, bits, fp8, weighted)
         self.sent: Sent | None = sent
         self.known, self.tables = sent.known, sent.tables
         self.routing, self.routing_call = routing, routing.call
-        self.block, self.rows = call % SLOTS, 0
+        self.block, self.rows = self.call % SLOTS, 0
         self.layout: LayoutName = "contiguous"
         self.grouping: torch.Tensor | None = None
         self.weights: torch.Tensor | None = None
@@ -130,23 +132,27 @@ class Output:
 class Extra:
     """What a channel needs for contiguous steps, beside `Channel`.
 
-    experts: int32 [E], zeros between launches. fresh: the dispatch that wrote the tables of each block last. outputs:
+    experts: int32 [E], zeros between launches; unread: pinned as a slot's `host`, for steps in graphs, which share
+    nothing else of this. fresh: the dispatch that wrote the tables of each block last. outputs:
     by block and form of scales.
     """
 
     slots: list[ContiguousSlot]
     routings: list[Routing]
     experts: torch.Tensor
+    unread: torch.Tensor
     made: list[int]
     kept: list[int]
     outputs: dict[tuple[int, ScaleFormat | None], Output] = field(default_factory=dict)
 
     @staticmethod
     def of(layout: Layout, device: torch.device) -> Extra:
+        host = torch.zeros((SLOTS + 1, layout.R + layout.E_L), dtype=torch.int64, pin_memory=device.type == "cuda")
         return Extra(
-            [ContiguousSlot.empty(layout, device) for _ in range(SLOTS)],
+            [ContiguousSlot.of(layout, device, words) for words in host[:SLOTS]],
             [Routing.empty(layout, device) for _ in range(_ROUTINGS)],
             torch.zeros(layout.E, dtype=torch.int32, device=device),
+            host[SLOTS],
             [0] * SLOTS,
             [0] * SLOTS,
         )

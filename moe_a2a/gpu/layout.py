@@ -24,8 +24,8 @@ A step's parity is that of its number, and says which block holds all this; but 
 they lie there, and a replayed graph moves the numbers without telling the host.
 
 State: the rank's own, seen by nobody else. One `control` for each rank, one `live` for each channel, and one handle,
-`hits` and `places` for each step that may be open (two for each channel). All of `control`, `live`, a handle and
-`report` are int64 words, named below.
+`hits` and `places` for each step that may be open (two for each channel, and one for each step of a captured graph).
+All of `control`, `live`, a handle, `report` and the words in host memory are int64, named below.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ class Layout:
     LAYOUT: ClassVar[int] = 3  # counts of a contiguous dispatch
     PHASES: ClassVar[int] = 4
 
-    # Words of `control`, written by the host. A new view is written as "next", with the step at which it begins last.
+    # Words of `control`, written by the host. A new view is written as "next", with the step at which it begins last,
+    # and before it, as 0, the GIVEN_UP of its epoch in `live` of each channel.
     EPOCH: ClassVar[int] = 0
     MASK: ClassVar[int] = 1
     NEXT_EPOCH: ClassVar[int] = 2
@@ -89,22 +90,28 @@ class Layout:
     INCARNATION: ClassVar[int] = 6
     CONTROL_WORDS: ClassVar[int] = 8
 
-    # Words of `live`: the last step that was sent, and how many programs of a running kernel have finished.
-    LIVE_STEP: ClassVar[int] = 0
-    FINISHED: ClassVar[int] = 1  # + phase
-    LIVE_WORDS: ClassVar[int] = 8
+    # Words of `live`, written by kernels of the channel, which run one after another.
+    LIVE_STEP: ClassVar[int] = 0  # the last step that was sent
+    FINISHED: ClassVar[int] = 1  # + phase; programs of a running kernel that are done
+    OPEN: ClassVar[int] = 5  # + step & 1; the step of that parity that is open here, 0 if none is
+    HELD: ClassVar[int] = 7  # + block; the open contiguous step whose received rows lie there, 0 if none do
+    GIVEN_UP: ClassVar[int] = 9  # + epoch & 1; ranks that this rank found missing in that view
+    TABLES: ClassVar[int] = 11  # + block; the step that wrote the tables of received rows there last
+    LIVE_WORDS: ClassVar[int] = 16
 
-    # Words of a handle, written by send; what receive and combine find out is kept here too.
+    # Words of a handle, all of them written by send; what receive and combine find out is kept here too.
     STEP: ClassVar[int] = 0
     VIEW_MASK: ClassVar[int] = 1
     VIEW_EPOCH: ClassVar[int] = 2
     RECEIVED: ClassVar[int] = 3  # sources whose rows receive took
     LONGEST: ClassVar[int] = 4  # the most tokens that one of them brought
-    MISSING: ClassVar[int] = 5  # ranks that are missing from this step, whatever the phase
-    DEADLINE: ClassVar[int] = 6  # + phase; 0 until somebody has to wait
-    VERDICT: ClassVar[int] = 10  # + phase; 0 unless a deadline came near
-    SENT: ClassVar[int] = 15  # 1 from the end of dispatch's sending half to that of combine's
-    HANDLE_WORDS: ClassVar[int] = 16
+    ROWS: ClassVar[int] = 5  # 1; 0 with RECEIVED and LONGEST once the step is discarded: its end brings flags only
+    MISSING: ClassVar[int] = 6  # ranks that are missing from this step, whatever the phase
+    EXPECTED: ClassVar[int] = 7  # ranks whose COMBINE flag is waited for: those that are not missing so far
+    DEADLINE: ClassVar[int] = 8  # + phase; 0 until somebody has to wait
+    VERDICT: ClassVar[int] = 12  # + phase; 0 unless a deadline came near
+    SENT: ClassVar[int] = 16  # 1 from the end of dispatch's sending half to that of combine's
+    HANDLE_WORDS: ClassVar[int] = 32
 
     # Words of a header.
     HEADER_STEP: ClassVar[int] = 0
@@ -119,14 +126,24 @@ class Layout:
     # Words of `report`, for the host.
     BAD_INPUT: ClassVar[int] = 0  # NO_BAD_INPUT, or the first wrong input: see `moe_a2a.gpu.report`
     LOST: ClassVar[int] = 1  # ranks that were ever missing
-    REPORT_WORDS: ClassVar[int] = 2
+    MISUSE: ClassVar[int] = 2  # STARTED_EARLY, ENDED_TWICE, ROUTING_GONE
+    REPORT_WORDS: ClassVar[int] = 3
+    STARTED_EARLY: ClassVar[int] = 1  # a step was sent while the one before the last was open
+    ENDED_TWICE: ClassVar[int] = 2  # a step was combined that was not open
+    ROUTING_GONE: ClassVar[int] = 4  # a step followed a routing whose tables had been overwritten
+
+    # Words in host memory, which host and kernels both read and write at any time.
+    ALIVE: ClassVar[int] = 0  # written by the host: a bit for each rank that lives
+    TOLD: ClassVar[int] = 1  # written by kernels: LOST, so that the host hears of it without asking the device
+    HOST_WORDS: ClassVar[int] = 2
 
     # Words of a routing: what later steps that follow it must know of the step that made it.
     ROUTING_STEP: ClassVar[int] = 0
     ROUTING_MASK: ClassVar[int] = 1
-    ROUTING_WORDS: ClassVar[int] = 2
+    ROUTING_BLOCK: ClassVar[int] = 2  # where its tables lie
+    ROUTING_WORDS: ClassVar[int] = 3
 
-    #: Rows that a contiguous combine announces at once.
+    #: The fewest rows that a contiguous combine announces at once.
     CHUNK: ClassVar[int] = 16
     #: Tokens that are counted at once by a contiguous dispatch.
     BLOCK: ClassVar[int] = 128

@@ -29,7 +29,8 @@ from moe_a2a.transport.wait import Watch
 
 @dataclass
 class GpuMeeting:
-    """What construction leaves behind. regions: one for each channel. alive: int64 [1] on the device, see `Peers`."""
+    """What construction leaves behind. regions: one for each channel. alive: the words in host memory, as a CUDA
+    tensor."""
 
     hosts: HostMap
     layout: Layout
@@ -125,8 +126,8 @@ def _meet(config: Config, options: Options, bootstrap: Bootstrap, device: torch.
         for peer in range(world):
             if peer != rank:
                 _map(opened, peer, places[peer], watch, options.timeout_s)
-        opened.page.words[0] = (1 << world) - 1
-        peers = Peers(opened.memory, watch, rank, opened.page.words[:1])
+        opened.page.words[Layout.ALIVE] = (1 << world) - 1
+        peers = Peers(opened.memory, watch, rank, opened.page.words[: Layout.HOST_WORDS])
         stack.callback(peers.close)
         # Closing runs from here upwards: kernels end, and only then are the others told that this rank has closed.
         stack.callback(opened.idle)
@@ -138,7 +139,7 @@ def _meet(config: Config, options: Options, bootstrap: Bootstrap, device: torch.
         offer.close()
     assert opened.page.device_words is not None
     layout = Layout.of(config, world, options.fp8_only)
-    return GpuMeeting(hosts, layout, opened.regions, opened.page.device_words[:1], peers, stack)
+    return GpuMeeting(hosts, layout, opened.regions, opened.page.device_words[: Layout.HOST_WORDS], peers, stack)
 
 
 def _published(opened: _Opened) -> dict[str, Any]:

@@ -128,7 +128,7 @@ class RailTransport:
         polls: dict[int, Poll] = {}
         for host, rail in self._rails.items():
             polls[rail] = arena.record_at(step, Kind.COMBINE, arena.rank, block.host_slots[host].inbox, rail)
-        records = wait_for(polls, self._budget, self._watch, f"combine of {step}")
+        records = wait_for(polls, self._budget, self._watch, f"combine of {step}", step.wait_times)
         step.traffic.combine_announced = time.monotonic_ns()
         check_discarded(step, records, discarded)
         sums = {}
@@ -145,7 +145,7 @@ class RailTransport:
     def _wait(self, step: Step, kind: Kind, what: str) -> dict[int, Record]:
         """Wait for the records of all ranks of other hosts."""
         polls = {source: self._from_source(step, source, kind) for source in self.sources}
-        return wait_for(polls, self._forward_budget, self._watch, f"{what} of {step}")
+        return wait_for(polls, self._forward_budget, self._watch, f"{what} of {step}", step.wait_times)
 
     def _from_source(self, step: Step, source: int, kind: Kind) -> Poll:
         """A poll for the record of a rank of another host, in its slot at its rail peer here."""

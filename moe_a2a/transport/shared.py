@@ -67,7 +67,7 @@ class SharedMemoryTransport:
 
     def _wait(self, step: Step, kind: Kind, what: str) -> dict[int, Record]:
         polls = {rank: self._arena.announced(step, kind, rank) for rank in self.sources}
-        return wait_for(polls, self._budget, self._watch, f"{what} of {step}")
+        return wait_for(polls, self._budget, self._watch, f"{what} of {step}", step.wait_times)
 
     def _weights(self, step: Step, rank: int, rows: int) -> FloatArray:
         return self._arena.weights(step, rank, self._arena.block(step).publish, rows)

@@ -9,6 +9,8 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
+import torch
+
 from moe_a2a.errors import RankLost
 from moe_a2a.transport.memory import HostMemory
 from moe_a2a.transport.progress import Progress, Task
@@ -116,12 +118,14 @@ class _Pause:
         self._spins, self._nap = 0, _NAP_S
 
 
-def wait_for(polls: Mapping[int, Poll], budget_s: float, watch: Watch, what: str) -> dict[int, Record]:
+def wait_for(
+    polls: Mapping[int, Poll], budget_s: float, watch: Watch, what: str, times: torch.Tensor | None = None
+) -> dict[int, Record]:
     """Wait until each rank's record has come, and drive this rank's own transfers meanwhile. Returns rank -> record.
 
     polls: rank -> poll. With more ranks than cores, a rank that spins keeps the rank it waits for from running, so
     that this yields and naps. Raises RankLost naming the ranks that are missing, or the error of an own transfer that
-    failed.
+    failed. times: int64 [R], to which the nanoseconds waited for each rank are added.
     """
     found: dict[int, Record] = {}
     pending = dict(polls)
@@ -139,6 +143,8 @@ def wait_for(polls: Mapping[int, Poll], budget_s: float, watch: Watch, what: str
                         message = f"{what}: rank {rank} reports that rank {record.missing} is missing"
                         raise RankLost(message, [record.missing])
                     found[rank] = record
+                    if times is not None:
+                        times[rank] += int((time.monotonic() - started) * 1e9)
             if not pending:
                 return found
             if lost is not None:  # what came before the loss was seen has been read by now

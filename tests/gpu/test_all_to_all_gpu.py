@@ -53,7 +53,7 @@ class Member:
     """One rank of a test, with what it needs to make checked steps."""
 
     def __init__(self, ctx: Ctx, gpus: tuple[int, ...], config: Config, **options: Any) -> None:
-        self.rank, self.world = ctx.rank, ctx.world
+        self.rank, self.world, self.steps = ctx.rank, ctx.world, 0
         torch.cuda.set_device(gpus[ctx.rank])
         options.setdefault("timeout_s", BUDGET_S)
         self.a2a = AllToAll(
@@ -91,11 +91,19 @@ class Member:
         check_combine(self.group, inputs, self.y, self.in_place(out), [self.rank])  # type: ignore[arg-type]
 
     def step(self, inputs: list[Inputs], fp8: Any = None, weights: bool = True, channel: str | None = None) -> None:
-        """One eager step, checked to the bit; rows that hold no token must keep their poison."""
-        handle = self.send(inputs, weights, fp8=fp8, channel=channel)
-        got = self.a2a.dispatch_recv(handle, out=self.poisoned(fp8))
-        assert isinstance(got, Masked)
-        mine = inputs[self.rank]
+        """One eager step, checked to the bit; rows that hold no token must keep their poison. Halves are split at every
+        second step."""
+        self.steps += 1
+        mine, device = inputs[self.rank], self.group.device
+        got: Any
+        if self.steps % 2:
+            given = mine.topk_weights.to(device) if weights else None
+            x, ids = mine.x.to(device), mine.topk_ids.to(device)
+            got = self.a2a.dispatch(x, ids, given, fp8=fp8, channel=channel, out=self.poisoned(fp8))
+            handle = got.handle
+        else:
+            handle = self.send(inputs, weights, fp8=fp8, channel=channel)
+            got = self.a2a.dispatch_recv(handle, out=self.poisoned(fp8))
         later = None if weights else mine.topk_weights.to(self.group.device)
         out = torch.full_like(mine.x, float("nan"), device=self.group.device)
         assert self.a2a.combine(self.own_y, handle, later, out=out) is out
