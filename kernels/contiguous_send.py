@@ -37,10 +37,11 @@ from moe_a2a.kernels.launch import launch, stages
 from moe_a2a.kernels.signals import has_bit, is_last, pick, raise_flags, wait
 
 _WARPS = 32  # with one program an SM, all that can be in flight there comes from one program
+_QUANTISING_WARPS = 16  # registers for twice as many elements a thread
 _STAGES = 4  # work items of a program in flight: one is stored while the next are loaded
 _TILE = 8192  # words, or elements that are quantised, of a work item
 _PART = 512  # of them, of one row: 7168 columns of any kind are a multiple, so that no thread goes without
-_META = 64  # tokens whose ids and weights go at once
+_META = 64  # tokens whose ids and weights, or given scales, go at once
 _LOAD, _STORE = "", ""  # cache modifiers of rows
 _SMALLEST_AMAX = tl.constexpr(0x38D1B717)  # the bits of 1e-4
 
@@ -74,13 +75,13 @@ def _send_words(
 
 @triton.jit
 def _send_scales(
-    tile, scales, hits, within, starts, first, to, tokens, report, POW2: tl.constexpr, ROWS: tl.constexpr,
+    tile, scales, hits, within, starts, first, to, tokens, report, POW2: tl.constexpr, META: tl.constexpr,
     L: tl.constexpr,
 ):  # fmt: skip
-    """Given fp32 scales of ROWS rows, as bits. Scales that cannot be used are reported."""
+    """Given fp32 scales of META rows, as bits. Scales that cannot be used are reported."""
     R: tl.constexpr = L.R
     G_PAD: tl.constexpr = triton.next_power_of_2(L.G)
-    t = tile * ROWS + tl.arange(0, ROWS)
+    t = tile * META + tl.arange(0, META)
     g = tl.arange(0, G_PAD)
     inside = (t < tokens)[:, None] & (g < L.G)[None, :]
     hit = tl.load(hits + t, mask=t < tokens, other=0)
@@ -217,12 +218,11 @@ def _contiguous_send(
                 tl.full([], 0, tl.int32) + number, chosen, weights, hits, within, starts, first, to, tokens, rank,
                 report, WEIGHTS, LARGEST, META, L,
             )  # fmt: skip
-    tiles = (count + ROWS - 1) // ROWS
     if MODE == 3 or MODE == 4:
-        for number in range(pid, tiles, programs):
-            tile = tl.full([], 0, tl.int32) + number  # the interpreter's loops count in Python ints
-            _send_scales(tile, scales, hits, within, starts, first, to, tokens, report, MODE == 4, ROWS, L)
-    for number in tl.range(pid, tiles * PARTS, programs, num_stages=STAGES):
+        for number in tl.range(pid, (count + META - 1) // META, programs, num_stages=2 if STAGES > 1 else 1):
+            tile = tl.full([], 0, tl.int32) + number
+            _send_scales(tile, scales, hits, within, starts, first, to, tokens, report, MODE == 4, META, L)
+    for number in tl.range(pid, (count + ROWS - 1) // ROWS * PARTS, programs, num_stages=STAGES):
         item = tl.full([], 0, tl.int32) + number
         tile, part = item // PARTS, item % PARTS
         if MODE == 1 or MODE == 2:
@@ -274,6 +274,7 @@ def contiguous_send(
     quantise = mode in (QUANTISE, QUANTISE_POW2)
     rows = x if quantise else x.view(torch.int32)
     words = layout.H * x.element_size() // 4
+    warps = _QUANTISING_WARPS if quantise else _WARPS
     columns = layout.H if quantise else words
     part = min(128 * power_of_two_at_least(layout.G) if quantise else power_of_two_at_least(words), _PART, _TILE)
     rows_at_once, parts = _TILE // part, -(-columns // part)
@@ -317,8 +318,8 @@ def contiguous_send(
             _LOAD,
             _STORE,
             layout,
-            32 * _WARPS,
+            32 * warps,
         ),
         (rows.dtype, torch.float32 if weights is not None else torch.int64),
-        num_warps=_WARPS,
+        num_warps=warps,
     )

@@ -24,12 +24,14 @@ from contiguous_steps import (
     expert_outputs,
     rows_of,
 )
-from virtual_steps import Steps, bits, make_inputs, sizes_of
+from virtual_steps import Steps, bits, make_inputs, sizes_of, without
 
 from moe_a2a import Config, Contiguous, HandleError, InputError, RankLost
 from moe_a2a import reference as ref
 from moe_a2a.fp8 import ScaleFormat, pack_ue8m0, quantize
 from moe_a2a.gpu.contiguous_state import ContiguousHandle
+from moe_a2a.gpu.discard import discard_recv, discard_send
+from moe_a2a.step import Phase
 from moe_a2a.virtual import VirtualGroup
 from moe_a2a.workload import Inputs
 
@@ -461,6 +463,129 @@ def test_a_rank_outside_the_view_gets_nothing_and_is_not_waited_for() -> None:
     check_dispatch(group, left, [got], ranks=[0])
     assert torch.equal(group.ranks[1]._channels[0].region, before)
     assert group.ranks[0].missing(handle) == []
+
+
+def test_survivors_of_a_contiguous_step_go_on_with_masked_ones() -> None:
+    """Who did not come is out of the view's later steps; who came and could send nothing is not. Contiguous steps need
+    everybody, and are void at once."""
+    group = group_of(3, experts=6, timeout_s=0.05)
+    layout = group.layout
+    inputs = make_inputs(group.config, 3, 0, [3, 5, 2])
+    for turn in range(2):
+        handles = {r: begin(group, inputs, r) for r in (0, 1)}
+        if turn == 1:
+            group.alive.fill_(0b111)
+        for r, handle in handles.items():
+            group.contiguous[r].dispatch_rows(handle)
+        got = {r: group.contiguous[r].dispatch_recv(handle) for r, handle in handles.items()}
+        for r, handle in handles.items():
+            check_void(group, handle, got[r], [1 - r, 2])
+            if turn == 1:
+                words = handle.slot.handle
+                assert words[layout.VIEW_MASK] == 0b011 and words[layout.DEADLINE + layout.LAYOUT] == 0
+            group.contiguous[r].combine_apart(got[r].x, handle)
+        for r, handle in handles.items():
+            group.contiguous[r].combine_sums(got[r].x, handle)
+    assert [int(group.ranks[r]._channels[0].live[layout.GIVEN_UP + 1]) for r in (0, 1)] == [0b100, 0b100]
+    sent = {r: group.ranks[r].dispatch_send(inputs[r].x, inputs[r].topk_ids, inputs[r].topk_weights) for r in (0, 1)}
+    masked = {r: group.ranks[r].dispatch_recv(handle) for r, handle in sent.items()}
+    left = without(inputs, 2)
+    for r in (0, 1):
+        want = ref.dispatch_masked(sizes_of(group), [i.x for i in left], [i.topk_ids for i in left], r)
+        assert torch.equal(masked[r].counts, want.counts)
+    for r in (0, 1):
+        discard_send(group.ranks[r], sent[r])
+    for r in (0, 1):
+        discard_recv(group.ranks[r], sent[r])
+        assert group.ranks[r].missing(sent[r]) == [2]
+
+
+def test_rows_of_an_open_step_are_not_written_over_by_one_that_thinks_itself_elsewhere() -> None:
+    """Replayed graphs move the numbers of steps, by which masked ones lie, and not the host's, by which contiguous ones
+    do."""
+    group = group_of(2)
+    steps = ContiguousSteps(group)
+    for rank in group.ranks:
+        rank._channels[0].live[group.layout.LIVE_STEP] = 1
+    inputs = steps.inputs([5, 3])
+    got = steps.dispatch(inputs)  # step 2, in block 1
+    late = group.dispatch_send([i.x for i in inputs], [i.topk_ids for i in inputs])  # step 3
+    with pytest.raises(HandleError, match=r"a step was dispatched, .* while the one before the last was open"):
+        group.check()
+    check_dispatch(group, inputs, got)
+    steps.combine(inputs, got)
+    group.dispatch_recv(late)
+    group.discard(late)
+    group = group_of(2)
+    for rank in group.ranks:
+        rank._channels[0].live[group.layout.LIVE_STEP] = 1
+    handles = group.dispatch_send([i.x for i in inputs], [i.topk_ids for i in inputs])  # step 2, in block 0
+    masked = group.dispatch_recv(handles, out=Steps(group).poisoned(None))
+    late = group.dispatch_send([i.x for i in inputs], [i.topk_ids for i in inputs], layout="contiguous")  # in block 0
+    assert all(rows_of(d) == 0 for d in group.contiguous_recv(late))
+    with pytest.raises(HandleError, match="a step was dispatched"):
+        group.check()
+    group.discard([d.handle for d in masked])
+
+
+def test_a_step_that_has_ended_is_not_combined_again() -> None:
+    """As by a graph that is replayed without its dispatch."""
+    group = group_of(2)
+    steps = ContiguousSteps(group)
+    inputs = steps.inputs([5, 3])
+    got = steps.dispatch(inputs)
+    steps.combine(inputs, got)
+    steps.step([2, 2])
+    before = [rank._channels[0].region.clone() for rank in group.ranks]
+    for rank, d in zip(group.contiguous, got, strict=True):
+        handle = rank.base._channels[0].eager
+        d.handle.phase = Phase.RECEIVED  # type: ignore[attr-defined]
+        handle.open.append(d.handle)  # type: ignore[arg-type]
+        rank.combine_apart(d.x, d.handle)
+    for rank, region in zip(group.ranks, before, strict=True):
+        assert torch.equal(rank._channels[0].region, region)
+        with pytest.raises(HandleError, match="a step was combined that had ended"):
+            rank.check()
+
+
+def test_a_routing_whose_tables_are_gone_voids_the_step() -> None:
+    """What a graph may find at a replay; outside of graphs the host sees it first."""
+    group = group_of(2)
+    steps = ContiguousSteps(group)
+    inputs = steps.inputs([5, 3])
+    got = steps.dispatch(inputs)
+    steps.combine(inputs, got)
+    group.ranks[0]._channels[0].live[group.layout.TABLES + 1] = 77
+    steps.number += 1
+    x, handles = [i.x for i in inputs], [d.handle for d in got]
+    again = group.dispatch(x, layout="contiguous", like=handles)
+    assert [rows_of(d) for d in again] == [0, 0]
+    assert [group.ranks[r].missing(again[r].handle) for r in (0, 1)] == [[0, 1], [0]]
+    with pytest.raises(HandleError, match=r"a step followed \(like=\) a routing that a later step"):
+        group.ranks[0].check()
+    group.discard([d.handle for d in again])
+    for d in got:
+        d.handle.captured = True  # type: ignore[attr-defined]
+    with pytest.raises(HandleError, match="both belong into the same graph, or outside of graphs"):
+        group.dispatch(x, layout="contiguous", like=handles)
+
+
+def test_weights_and_hidden_states_that_cannot_be_used_are_reported() -> None:
+    group = group_of(2, hidden=256)
+    inputs = make_inputs(group.config, 0, 0, [3, 2])
+    inputs[0].topk_weights[2, 1] = torch.nan
+    inputs[1].x[1, 200] = torch.inf
+    group.dispatch(
+        [i.x for i in inputs],
+        [i.topk_ids for i in inputs],
+        [i.topk_weights for i in inputs],
+        layout="contiguous",
+        fp8="fp32",
+    )
+    with pytest.raises(InputError, match=r"topk_weights\[2, 1\] = nan"):
+        group.ranks[0].check()
+    with pytest.raises(InputError, match="x: token 1, columns 128 to 255 has scale inf"):
+        group.ranks[1].check()
 
 
 # ------------------------------------------------------------------------------------------------------------- grouped
