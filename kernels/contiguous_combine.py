@@ -28,7 +28,7 @@ from moe_a2a.gpu.layout import Layout, power_of_two_at_least
 from moe_a2a.gpu.routing import Routing
 from moe_a2a.kernels.casts import to_payload
 from moe_a2a.kernels.contiguous_layout import index_of, report_missing
-from moe_a2a.kernels.launch import launch, stages
+from moe_a2a.kernels.launch import launch, stages, warps
 from moe_a2a.kernels.signals import (
     await_lanes,
     end_step,
@@ -214,6 +214,7 @@ def contiguous_combine(
     part = min(power_of_two_at_least(layout.H), _PART, _TILE)
     unit, rows_at_once = min(_UNIT, _CHUNK), min(_TILE // part, _CHUNK)
     columns = min(power_of_two_at_least(layout.H), _OUT_TILE // unit)
+    threads = 32 * warps(_WARPS, layout.R)
     tile, out_tile = part * rows_at_once * layout.itemsize, layout.R * columns * unit * layout.itemsize
     launch(
         _contiguous_combine,
@@ -248,10 +249,10 @@ def contiguous_combine(
             _LOAD,
             _STORE,
             layout,
-            32 * _WARPS,
+            threads,
         ),
         (out.dtype,),
-        num_warps=_WARPS,
+        num_warps=threads // 32,
         # Sums are rounded one by one, as CPU ranks and the oracle do: the bits are the same everywhere.
         enable_fp_fusion=False,
     )

@@ -33,7 +33,7 @@ from moe_a2a.kernels import casts
 from moe_a2a.kernels.bad_input import report_bad, report_bad_weights
 from moe_a2a.kernels.contiguous_layout import agreed, index_of, report_missing
 from moe_a2a.kernels.formats import QUANTISE, QUANTISE_POW2
-from moe_a2a.kernels.launch import launch, stages
+from moe_a2a.kernels.launch import launch, stages, warps
 from moe_a2a.kernels.signals import has_bit, is_last, pick, raise_flags, wait
 
 _WARPS = 32  # with one program an SM, all that can be in flight there comes from one program
@@ -41,7 +41,7 @@ _QUANTISING_WARPS = 16  # registers for twice as many elements a thread
 _STAGES = 4  # work items of a program in flight: one is stored while the next are loaded
 _TILE = 8192  # words, or elements that are quantised, of a work item
 _PART = 512  # of them, of one row: 7168 columns of any kind are a multiple, so that no thread goes without
-_META = 64  # tokens whose ids and weights, or given scales, go at once
+_META = 32  # tokens whose ids and weights, or given scales, go at once
 _LOAD, _STORE = "", ""  # cache modifiers of rows
 _SMALLEST_AMAX = tl.constexpr(0x38D1B717)  # the bits of 1e-4
 
@@ -274,7 +274,7 @@ def contiguous_send(
     quantise = mode in (QUANTISE, QUANTISE_POW2)
     rows = x if quantise else x.view(torch.int32)
     words = layout.H * x.element_size() // 4
-    warps = _QUANTISING_WARPS if quantise else _WARPS
+    threads = 32 * warps(_QUANTISING_WARPS if quantise else _WARPS, layout.R)
     columns = layout.H if quantise else words
     part = min(128 * power_of_two_at_least(layout.G) if quantise else power_of_two_at_least(words), _PART, _TILE)
     rows_at_once, parts = _TILE // part, -(-columns // part)
@@ -318,8 +318,8 @@ def contiguous_send(
             _LOAD,
             _STORE,
             layout,
-            32 * warps,
+            threads,
         ),
         (rows.dtype, torch.float32 if weights is not None else torch.int64),
-        num_warps=warps,
+        num_warps=threads // 32,
     )

@@ -82,6 +82,12 @@ def stages(wanted: int, tile: int, device: torch.device) -> int:
     return max(1, min(wanted, (_shared_memory(device.index) - _OTHER_SHARED) // tile + 1))
 
 
+def warps(wanted: int, ranks: int) -> int:
+    """How many warps a program may have that is unrolled over ranks: the more of these, the more registers each thread
+    needs, of 64K that an SM has."""
+    return min(wanted, 32 if ranks <= 2 else 16 if ranks <= 8 else 8)
+
+
 @functools.cache
 def _shared_memory(device: int) -> int:
     """Bytes that a program can have on a device."""
