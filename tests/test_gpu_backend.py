@@ -349,6 +349,38 @@ def test_programs_for_deepep_run_on_gpu_ranks(steps: Callable[[Ctx], None]) -> N
     run_ranks(_deep_ep, 2, steps)
 
 
+def _compiling(ctx: Ctx) -> None:
+    """Rank 1 is later than the budget allows, but only at calls that neither rank has made before."""
+    with gpu_ranks(ctx, timeout_s=1.0) as a2a:
+
+        def late() -> None:
+            ctx.barrier(f"together {next(turn)}")
+            if ctx.rank == 1:
+                time.sleep(1.5)
+
+        turn = iter(range(9))
+        one, two = Flight(a2a, CASE, 0), Flight(a2a, CASE.replace(fp8="pow2"), 1)
+        world = world_of(CASE, 2, 2)
+        args, _ = dispatch_args(CASE, world, ctx.rank)
+        late()
+        got = a2a.dispatch(*args)  # in one launch
+        late()
+        check_sum(CASE, world, ctx.rank, a2a.hosts, a2a.combine(expert_output(CASE, world, ctx.rank, got), got.handle))
+        for flight in (one, two):  # in two launches, and with rows of another form
+            late()
+            flight.send()
+            flight.receive()
+            if flight is one:
+                late()
+            flight.send_back()
+            flight.finish()
+        a2a.check()
+
+
+def test_calls_that_compile_their_kernels_have_more_time(pool: RankPool) -> None:
+    pool.call(_compiling)
+
+
 def _death(ctx: Ctx) -> None:
     a2a = gpu_ranks(ctx)
     run_step(a2a, CASE, 0, "masked")
