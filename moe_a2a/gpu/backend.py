@@ -18,6 +18,7 @@ from moe_a2a.config import Config, Options
 from moe_a2a.errors import HandleError, InputError, RankLost
 from moe_a2a.fp8 import ScaleFormat
 from moe_a2a.gpu import inputs
+from moe_a2a.gpu.budget import Budget
 from moe_a2a.gpu.handle import GpuHandle
 from moe_a2a.gpu.layout import Layout as Places
 from moe_a2a.gpu.rendezvous import find_device, meet
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 
 #: How often reports are copied: every so many steps, and after so long. A copy costs a launch.
 _REPORT_STEPS, _REPORT_S = 32, 0.05
-#: Added to the budget of waits for ranks that may be compiling the same kernels.
-_COMPILE_S = 120.0
 _ALREADY = nullcontext()
 
 
@@ -65,8 +64,8 @@ class GpuBackend:
             torch.cuda.synchronize()
         self._news = memoryview(self._seen.numpy().data)
         self._since, self._copied = 0, time.monotonic()
-        self._compiled: set[tuple[object, ...]] = set()
-        self._compiling: GpuHandle | None = None
+        self._budget = Budget(self.rank.control[Places.BUDGET_NS], options.timeout_s)
+        self.rank.before_launch = self._budget.before_launch
         self._mask: Mask | None = None
 
     # dispatch
@@ -87,11 +86,9 @@ class GpuBackend:
         _check_layout(layout)
         self._ready()
         with self._current():
-            got = self.rank.dispatch(
+            return self.rank.dispatch(
                 x, topk_ids, topk_weights, scales=scales, fp8=fp8, channel=channel, out=out, by_source=by_source
             )
-            self._sent(got.handle)
-        return got
 
     def dispatch_send(
         self,
@@ -104,9 +101,7 @@ class GpuBackend:
     ) -> Handle:
         self._ready()
         with self._current():
-            handle = self.rank.dispatch_send(x, topk_ids, topk_weights, scales=scales, fp8=fp8, channel=channel)
-            self._sent(handle)
-        return handle
+            return self.rank.dispatch_send(x, topk_ids, topk_weights, scales=scales, fp8=fp8, channel=channel)
 
     def reserve(self, handle: Handle, by_source: bool, out: torch.Tensor | None) -> Masked:
         self._health.check()
@@ -230,9 +225,7 @@ class GpuBackend:
 
     def _ended(self, handle: Handle) -> None:
         """A step's last launch is out."""
-        if handle is self._compiling:
-            self._set_budget(self.options.timeout_s)
-            self._compiling = None
+        self._budget.ended(handle)
         self._since += 1
         late = self._since >= _REPORT_STEPS or time.monotonic() - self._copied > _REPORT_S
         if (late or (self._peers.lost and self._mask is None)) and not torch.cuda.is_current_stream_capturing():
@@ -256,18 +249,6 @@ class GpuBackend:
         if handle._owner is not self.rank:
             raise HandleError("this handle belongs to another AllToAll; use it with the object that made it")
         return handle
-
-    def _sent(self, handle: Handle) -> None:
-        """A step of a kind that this rank has not made before may meet ranks that are still compiling its kernels."""
-        assert isinstance(handle, GpuHandle)
-        kind = (handle.bits, handle.has_weights)
-        if kind not in self._compiled and not torch.cuda.is_current_stream_capturing():
-            self._compiled.add(kind)
-            self._compiling = handle
-            self._set_budget(self.options.timeout_s + _COMPILE_S)
-
-    def _set_budget(self, seconds: float) -> None:
-        self.rank.control[Places.BUDGET_NS].fill_(int(seconds * 1e9))
 
     # life
 
