@@ -54,7 +54,7 @@ def masked_by_hand(ctx: Ctx, gpus: Gpus = None) -> None:
     buffer.destroy()
 
 
-def hangs(ctx: Ctx, gpus: Gpus = None) -> float:
+def hangs(ctx: Ctx, gpus: Gpus) -> float:
     """Rank 1 comes when rank 0 has given it up. Both go on alone, and together again when all is clean.
 
     Returns the longest that one of its turns alone took, in seconds.

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from deep_ep_masks import hangs, masked_by_hand
+from deep_ep_masks import masked_by_hand
 from deep_ep_steps import dropped
 from ranks import Ctx, RankPool, run_ranks
 from steps import (
@@ -304,7 +304,7 @@ def test_steps_that_overlapped_are_reported_by_a_later_call(pool: RankPool) -> N
 
 def _late(ctx: Ctx) -> None:
     """Rank 1 makes no step when rank 0 does. Both are told, and rank 0 knows which step lacks it."""
-    a2a = gpu_ranks(ctx, timeout_s=1.0)
+    a2a = gpu_ranks(ctx, timeout_s=2.0)
     run_step(a2a, CASE, 0, "masked")
     run_step(a2a, CASE, 1, "masked")
     flight = Flight(a2a, CASE, 2)
@@ -313,7 +313,7 @@ def _late(ctx: Ctx) -> None:
         args, _ = dispatch_args(CASE, world, 0)
         began = time.monotonic()
         got = a2a.dispatch(*args)
-        assert 0.9 < time.monotonic() - began < 3.0
+        assert 1.9 < time.monotonic() - began < 6.0
         assert a2a.missing(got.handle) == [1]
         alone = ref.dispatch_masked(CASE.sizes(2), [world.x[0], world.x[1][:0]], [world.ids[0], world.ids[1][:0]], 0)
         check_masked(got, alone)
@@ -344,7 +344,7 @@ def _deep_ep(ctx: Ctx, steps: Callable[[Ctx], None]) -> None:
     steps(ctx)
 
 
-@pytest.mark.parametrize("steps", [dropped, masked_by_hand, hangs])
+@pytest.mark.parametrize("steps", [dropped, masked_by_hand])
 def test_programs_for_deepep_run_on_gpu_ranks(steps: Callable[[Ctx], None]) -> None:
     run_ranks(_deep_ep, 2, steps)
 
