@@ -197,6 +197,7 @@ def _mask(ctx: Ctx, gpus: tuple[int, ...]) -> float | None:
             buffer.low_latency_update_mask_buffer(wrong, True)
     with pytest.raises(InputError, match=r"mask_status is torch\.int64"):
         buffer.low_latency_query_mask_buffer(status.long())
+    ctx.barrier("seen", victim)  # who has destroyed its buffer is masked too
     buffer.destroy()
     return took
 
