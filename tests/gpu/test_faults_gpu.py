@@ -152,7 +152,7 @@ def test_a_masked_rank_is_left_out_and_a_late_one_waited_for_on_one_gpu() -> Non
     group.alive.fill_(0b101)
     time.sleep(0.5)
     assert not ended.query()
-    # Streams of one priority may share a hardware queue, in which the kernel would wait behind the one that waits for it.
+    # Streams of one priority may share a hardware queue, where this kernel would wait behind the one that waits for it.
     with torch.cuda.stream(torch.cuda.Stream(priority=-1)):
         group.ranks[2].dispatch_send(*there[2])
     ended.synchronize()
