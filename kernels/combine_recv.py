@@ -21,7 +21,7 @@ import triton.language as tl
 from moe_a2a.gpu.layout import Layout, power_of_two_at_least
 from moe_a2a.kernels.casts import to_payload
 from moe_a2a.kernels.launch import Launch
-from moe_a2a.kernels.signals import aligned, has_bit, record_missing, wait
+from moe_a2a.kernels.signals import aligned, end_step, has_bit, record_missing, wait
 
 _WARPS = 4
 _BLOCK = 2048
@@ -42,7 +42,7 @@ def add_sums(
     # In a step that is discarded everybody says "excluded", and that is how it should be.
     good = arrived & ~tl.where(has_rows, excluded, 0)
     if pid == 0:  # early, so that it costs no time; only later launches look at it
-        tl.atomic_cas(live + L.OPEN + (step & 1), step, tl.full([], 0, tl.int64), sem="relaxed")
+        end_step(live, step, L)
 
     BLOCKS: tl.constexpr = (L.H + BLOCK - 1) // BLOCK
     DTYPE: tl.constexpr = out.dtype.element_ty

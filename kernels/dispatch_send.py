@@ -26,7 +26,7 @@ from moe_a2a.kernels import casts
 from moe_a2a.kernels.bad_input import report_bad, report_bad_weights
 from moe_a2a.kernels.formats import GIVEN, GIVEN_POW2, QUANTISE, QUANTISE_POW2, header_bits
 from moe_a2a.kernels.launch import Launch
-from moe_a2a.kernels.signals import aligned, either, has_bit, is_last, open_step, pick, raise_flags
+from moe_a2a.kernels.signals import aligned, either, has_bit, is_last, is_taken, pick, raise_flags
 
 EXPERTS_A_PROGRAM = 32
 _WARPS = 4
@@ -206,7 +206,7 @@ def send_tokens(
     next_epoch = tl.load(control + L.NEXT_EPOCH)
     gone_even = tl.load(live + L.GIVEN_UP)
     gone_odd = tl.load(live + (L.GIVEN_UP + 1))
-    too_early = open_step(live, step, L) != 0
+    too_early = is_taken(live, step, step & 1, L)
     view = tl.where(step >= begins, next_mask, mask)
     epoch = tl.where(step >= begins, next_epoch, epoch)
     mask = tl.where(too_early, 0, view & ~tl.where((epoch & 1) != 0, gone_odd, gone_even))
@@ -249,6 +249,7 @@ def send_tokens(
             tl.atomic_or(report + L.MISUSE, tl.full([], L.STARTED_EARLY, tl.int64))
         else:
             tl.store(live + L.OPEN + (step & 1), step)
+            tl.store(live + L.TABLES + (step & 1), step)
             if mask != view:
                 tl.atomic_or(report + L.LOST, view & ~mask)
         tl.debug_barrier()

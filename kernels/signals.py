@@ -226,12 +226,106 @@ def open_step(live, step, L: tl.constexpr):
 
 
 @triton.jit
+def is_taken(live, step, block, L: tl.constexpr):
+    """Does a step that is open on this rank still use what a new one is to use?
+
+    step: the new one's number; block: int64, 0 or 1, where its received rows are to lie, those of masked steps in that
+    of their parity. Open contiguous steps say in HELD where theirs lie.
+    """
+    odd = (step & 1) != 0
+    even_step, odd_step = tl.load(live + L.OPEN), tl.load(live + (L.OPEN + 1))
+    held, held_else = tl.load(live + L.HELD + block), tl.load(live + L.HELD + (1 - block))
+    there = tl.where(block != 0, odd_step, even_step)
+    masked = (there != 0) & (there != held_else)
+    return (tl.where(odd, odd_step, even_step) != 0) | (held != 0) | masked
+
+
+@triton.jit
+def end_step(live, step, L: tl.constexpr):
+    """The step is no longer open on this rank. Only for one program of a launch; only later launches look at it."""
+    word = tl.arange(0, 4)  # OPEN and HELD
+    tl.atomic_cas(live + L.OPEN + word, step + word * 0, (word * 0).to(tl.int64), sem="relaxed")
+
+
+@triton.jit
 def until_sent(handle, L: tl.constexpr, LANES: tl.constexpr):
     """Wait until the last sending program of this launch has written the handle. It does not wait for anybody."""
     lane = tl.arange(0, LANES).to(tl.int64) * 0
     address = (handle + L.SENT).to(tl.int64) + lane
     while tl.max(_load_acquire(address.to(tl.pointer_type(tl.int64))), 0) == 0:
         pass
+
+
+@triton.jit
+def excluded_by(region, want, PHASE: tl.constexpr, step, L: tl.constexpr, LANES: tl.constexpr):
+    """One look at a phase's flags: the sources in `want` that have said "excluded" in this step. Arguments as
+    `wait`'s."""
+    lane = tl.arange(0, LANES).to(tl.int64)
+    on = (lane < L.R) & has_bit(want, tl.minimum(lane, 62))
+    address = region + (L.flags + PHASE * L.R * 8) + tl.minimum(lane, L.R - 1) * 8
+    value = _load_acquire_if(address.to(tl.pointer_type(tl.int64)), on)
+    return lane_bits(on & (value == 2 * step + 1), lane)
+
+
+@triton.jit
+def _load_acquire_if(pointers, on):
+    """Lanes that are not `on` load nothing, and have 0: a thousand that look at one word are in each other's way."""
+    if PORTABLE:
+        return tl.load(pointers, mask=on, other=0)
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.u64 $0, 0; @p ld.acquire.sys.global.u64 $0, [$1]; }",
+            "=&l,l,r",
+            [pointers, on.to(tl.int32)],
+            dtype=tl.int64,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
+def _pending(flags, source, on, deadline, step, R: tl.constexpr, LANES: tl.constexpr):
+    """One look: sources with a flag that has not come, and _OVER as in `_poll`; equal in every thread."""
+    is_deadline = tl.arange(0, LANES) == 2 * R
+    before = now()
+    where = tl.where(on, flags, deadline.to(tl.int64)).to(tl.pointer_type(tl.int64))
+    value = _load_acquire_if(where, on | is_deadline)
+    one = tl.full([], 1, tl.int64)
+    bits = tl.where(on & (value < 2 * step), one << source.to(tl.int64), 0)
+    over = is_deadline & (value != 0) & (before >= value + MARGIN_NS)
+    return tl.reduce(bits | tl.where(over, _OVER, 0), 0, either)
+
+
+@triton.jit
+def await_lanes(
+    flags, source, on, leader, region, handle, control, alive, PHASE: tl.constexpr, step, L: tl.constexpr,
+    LANES: tl.constexpr,
+):  # fmt: skip
+    """Wait for flags of which each program needs others, one a lane. Returns the sources whose flags did not come.
+
+    flags: int64 [LANES], addresses; source: int32 [LANES]; on: bool [LANES], of the first 2 * R lanes. leader: whether
+    this program looks at `alive`; one of the launch does. The others are as for `wait`, whose budget and deadline this
+    shares: it ends also for sources that say "excluded" in the phase's own flag. Programs may come to different ends;
+    those for whom that matters use `wait`.
+    """
+    deadline = handle + (L.DEADLINE + PHASE)
+    bits = _pending(flags, source, on, deadline, step, L.R, LANES)
+    lost = step * 0
+    polls = tl.full([], 0, tl.int32)
+    while (bits != 0) & ((bits & _OVER) == 0):
+        if polls == _SPINS:
+            tl.atomic_cas(deadline, tl.full([], 0, tl.int64), now() + tl.load(control + L.BUDGET_NS))
+        if polls % _LOOKS == _LOOKS - 1:
+            refused = excluded_by(region, bits, PHASE, step, L, LANES)
+            lost |= refused
+            on = on & (has_bit(refused, source.to(tl.int64)) == 0)
+            if leader:
+                gone = bits & ~_uniform(alive + L.ALIVE, LANES)
+                if gone != 0:
+                    tl.atomic_min(deadline, now() + MARGIN_NS)
+        polls += 1
+        bits = _pending(flags, source, on, deadline, step, L.R, LANES)
+    return lost | (bits & ~_OVER)
 
 
 @triton.jit
@@ -246,6 +340,13 @@ def is_last(counter, programs):
     if last:
         tl.store(counter, tl.full([], 0, tl.int64))
     return last
+
+
+@triton.jit
+def raise_flag(address, value):
+    """Store one flag, with release, when all of this program's stores so far are done. address: int64; value: int64."""
+    tl.debug_barrier()
+    tl.atomic_xchg(address.to(tl.pointer_type(tl.int64)), value, sem="release", scope="sys")
 
 
 @triton.jit

@@ -89,7 +89,7 @@ class AllToAll:
     def dispatch(
         self,
         x: torch.Tensor,
-        topk_ids: torch.Tensor,
+        topk_ids: torch.Tensor | None = None,
         topk_weights: torch.Tensor | None = None,
         *,
         layout: Literal["contiguous"],
@@ -98,13 +98,15 @@ class AllToAll:
         alignment: int = 128,
         channel: str | None = None,
         out: torch.Tensor | None = None,
+        like: Handle | None = None,
+        host_counts: bool = False,
     ) -> Contiguous: ...
 
     @overload
     def dispatch(
         self,
         x: torch.Tensor,
-        topk_ids: torch.Tensor,
+        topk_ids: torch.Tensor | None = None,
         topk_weights: torch.Tensor | None = None,
         *,
         layout: Literal["grouped"],
@@ -113,12 +115,14 @@ class AllToAll:
         alignment: int = 128,
         channel: str | None = None,
         out: torch.Tensor | None = None,
+        like: Handle | None = None,
+        host_counts: bool = False,
     ) -> Grouped: ...
 
     def dispatch(
         self,
         x: torch.Tensor,
-        topk_ids: torch.Tensor,
+        topk_ids: torch.Tensor | None = None,
         topk_weights: torch.Tensor | None = None,
         *,
         layout: Layout = "masked",
@@ -127,6 +131,8 @@ class AllToAll:
         alignment: int = 128,
         channel: str | None = None,
         out: torch.Tensor | None = None,
+        like: Handle | None = None,
+        host_counts: bool = False,
         by_source: bool = False,
     ) -> Dispatched:
         """Send every token to the ranks that own its experts, and receive theirs: `dispatch_send`, then
@@ -136,18 +142,20 @@ class AllToAll:
         if by_source and layout != "masked":
             raise InputError(f"by_source=True goes with layout='masked'; layout is {layout!r}")
         return self._backend.dispatch(
-            x, topk_ids, topk_weights, scales, fp8, channel, layout, alignment, out, by_source
+            x, topk_ids, topk_weights, scales, fp8, channel, layout, like, alignment, out, host_counts, by_source
         )
 
     def dispatch_send(
         self,
         x: torch.Tensor,
-        topk_ids: torch.Tensor,
+        topk_ids: torch.Tensor | None = None,
         topk_weights: torch.Tensor | None = None,
         *,
+        layout: Layout | None = None,
         scales: torch.Tensor | None = None,
         fp8: ScaleFormat | None = None,
         channel: str | None = None,
+        like: Handle | None = None,
     ) -> Handle:
         """Start a step: send this rank's tokens. Returns at once; the arguments may be reused.
 
@@ -155,14 +163,20 @@ class AllToAll:
         `scales`.
         topk_ids: int32 or int64 [T, K], experts of each token, -1 for none. Expert e lives on rank e // E_l.
         topk_weights: fp32 [T, K], router weights; None if they are given at combine. All ranks alike.
+        layout: how the rows will be received. GPU ranks send rows for "contiguous" and "grouped" in another way than
+        for "masked" (None), all ranks alike; CPU ranks may leave it open until they receive.
         scales: fp32 [T, H/128] of an x that is FP8 already.
         fp8: None sends x as it is; "fp32", "pow2", "ue8m0" send FP8 with scales handed out in that form
         (`moe_a2a.fp8`).
         channel: a name of config.channels; None: the first.
+        like: a received step of this channel, contiguous or grouped: this step follows its routing and weights, and
+        topk_ids and topk_weights are left out. All ranks alike. GPU ranks send the rows and nothing else.
 
         Raises InputError, HandleError (two steps of the channel are open), RankLost (a peer cannot be written to).
         """
-        return self._backend.dispatch_send(x, topk_ids, topk_weights, scales, fp8, channel)
+        if layout is not None:
+            _check_layout(layout)
+        return self._backend.dispatch_send(x, topk_ids, topk_weights, scales, fp8, channel, layout, like)
 
     def reserve(self, handle: Handle, *, by_source: bool = False, out: torch.Tensor | None = None) -> Masked:
         """The tensors that `dispatch_recv(handle)` will fill, in the masked layout, for callers who hand them on first.
@@ -175,20 +189,31 @@ class AllToAll:
         return self._backend.reserve(handle, by_source, out)
 
     def dispatch_recv(
-        self, handle: Handle, *, layout: Layout = "masked", alignment: int = 128, out: torch.Tensor | None = None
+        self,
+        handle: Handle,
+        *,
+        layout: Layout | None = None,
+        alignment: int = 128,
+        out: torch.Tensor | None = None,
+        host_counts: bool = False,
     ) -> Dispatched:
         """Wait for all ranks' tokens of this step and lay out those for this rank's experts.
 
-        layout: "masked", "contiguous" or "grouped"; a rank may choose for itself, unless weights are given at
-        combine: then all take "masked" or "grouped". alignment: rows per expert of the grouped layout are padded to
-        this power of two. out: storage for x: [E_l, R*M, H] (masked), or [rows, H] with rows enough for what arrives.
+        layout: "masked", "contiguous" or "grouped"; None: as it was sent, "masked" if that said nothing. CPU ranks may
+        each choose for themselves, unless weights are given at combine: then all take "masked" or "grouped". GPU ranks
+        choose when they send. alignment: rows per expert of the grouped layout are padded to this power of two. out:
+        storage for x: [E_l, R*M, H] (masked), or [rows, H] with rows enough for what arrives. host_counts: for
+        contiguous and grouped on GPU ranks: wait for the number of rows, and return tensors of exactly so many; without
+        it, they have as many rows as could arrive, and nothing waits. CPU ranks always return exactly the rows.
         Raises InputError, HandleError, RankLost.
         """
-        _check_layout(layout)
+        if layout is not None:
+            _check_layout(layout)
         checks.check_alignment(alignment)
-        if (out is not None or layout != "masked") and isinstance(handle, Handle) and handle._reserved is not None:
+        reserved = isinstance(handle, Handle) and handle._reserved is not None
+        if reserved and (out is not None or layout not in (None, "masked")):
             raise InputError("this step's outputs are reserved: receive it in the masked layout, without out=")
-        return self._backend.dispatch_recv(handle, layout, alignment, out)
+        return self._backend.dispatch_recv(handle, layout, alignment, out, host_counts)
 
     # combine
 

@@ -27,14 +27,16 @@ class Backend(Protocol):
     def dispatch(
         self,
         x: torch.Tensor,
-        topk_ids: torch.Tensor,
+        topk_ids: torch.Tensor | None,
         topk_weights: torch.Tensor | None,
         scales: torch.Tensor | None,
         fp8: ScaleFormat | None,
         channel: str | None,
         layout: Layout,
+        like: Handle | None,
         alignment: int,
         out: torch.Tensor | None,
+        host_counts: bool,
         by_source: bool,
     ) -> Dispatched:
         """Both halves. What can be refused is refused before anything is sent: a layout, an `out`."""
@@ -42,16 +44,20 @@ class Backend(Protocol):
     def dispatch_send(
         self,
         x: torch.Tensor,
-        topk_ids: torch.Tensor,
+        topk_ids: torch.Tensor | None,
         topk_weights: torch.Tensor | None,
         scales: torch.Tensor | None,
         fp8: ScaleFormat | None,
         channel: str | None,
+        layout: Layout | None,
+        like: Handle | None,
     ) -> Handle: ...
 
     def reserve(self, handle: Handle, by_source: bool, out: torch.Tensor | None) -> Masked: ...
 
-    def dispatch_recv(self, handle: Handle, layout: Layout, alignment: int, out: torch.Tensor | None) -> Dispatched: ...
+    def dispatch_recv(
+        self, handle: Handle, layout: Layout | None, alignment: int, out: torch.Tensor | None, host_counts: bool
+    ) -> Dispatched: ...
 
     def combine(
         self, y: torch.Tensor, handle: Handle, topk_weights: torch.Tensor | None, out: torch.Tensor | None

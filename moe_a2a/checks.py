@@ -114,3 +114,16 @@ def check_alignment(alignment: object) -> int:
     if isinstance(alignment, bool) or not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
         raise InputError(f"alignment={alignment!r}; give a power of two (1 for no padding, 128 for grouped GEMMs)")
     return alignment
+
+
+def check_like(topk_ids: object, topk_weights: object, tokens: int, earlier: int) -> None:
+    """What goes with like=: no routing of its own, and as many tokens as the step that is named."""
+    if topk_ids is not None or topk_weights is not None:
+        raise InputError("like= takes routing and weights from an earlier step; leave topk_ids and topk_weights out")
+    if tokens != earlier:
+        raise InputError(f"x has {tokens} tokens, and the step that like= names had {earlier}; give as many")
+
+
+def padded(counts: Sequence[int], alignment: int) -> list[int]:
+    """Each count rounded up to a multiple of `alignment`."""
+    return [-(-count // alignment) * alignment for count in counts]

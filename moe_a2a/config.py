@@ -13,6 +13,9 @@ from moe_a2a.errors import ConfigError
 #: Columns that share one FP8 scale (DeepSeek-V3's 1x128 tiles).
 GROUP = 128
 
+#: SMs of a GPU that a contiguous step uses, unless `Options.num_sms` says otherwise.
+DEFAULT_SMS = 24
+
 _DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 MAX_TOP_K = 32
 MAX_EXPERTS = 1024
@@ -101,7 +104,8 @@ class Config:
 
 @dataclass(frozen=True)
 class Options:
-    """Knobs with defaults that are right. `host`, `host_address` and `device_filter` may differ between ranks.
+    """Knobs with defaults that are right. `host`, `host_address`, `device_filter` and `num_sms` may differ between
+    ranks.
 
     timeout_s: seconds that a wait may last before the missing ranks are named (RankLost). Equal on every rank.
     host: label of this rank's host; ranks with one label map each other's memory. None: environment variable
@@ -114,6 +118,8 @@ class Options:
         MOE_A2A_HOST_ADDRESS if set, 127.0.0.1 if all ranks are on one machine and in one network namespace, else this
         machine's own address.
     fp8_only: GPU ranks only, equal on every rank: dispatches carry FP8 rows and nothing else, in smaller buffers.
+    num_sms: GPU ranks only: the most SMs that dispatch and combine of the contiguous and grouped layouts take from the
+        GEMMs beside them, 2 or more. None: 24.
 
     Raises ConfigError.
     """
@@ -125,6 +131,7 @@ class Options:
     metadata_server: str = "P2PHANDSHAKE"
     host_address: str | None = None
     fp8_only: bool = False
+    num_sms: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.timeout_s, (int, float)) or not math.isfinite(self.timeout_s) or self.timeout_s <= 0:
@@ -134,6 +141,8 @@ class Options:
                 raise ConfigError(f"{name}={getattr(self, name)!r}; give a non-empty string")
         if not isinstance(self.fp8_only, bool):
             raise ConfigError(f"fp8_only={self.fp8_only!r}; give True or False")
+        if self.num_sms is not None:
+            _whole("num_sms", self.num_sms, 2)
 
     def as_json(self) -> dict[str, Any]:
         """The fields that must be equal on every rank."""

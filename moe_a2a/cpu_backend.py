@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -19,7 +20,7 @@ from moe_a2a.routing import rank_hits, receive
 from moe_a2a.step import Outgoing, Phase, RowFormat, Step
 from moe_a2a.transport.protocol import Transport
 from moe_a2a.transport.wait import wait_tasks
-from moe_a2a.transport.wire import FloatArray
+from moe_a2a.transport.wire import FloatArray, IntArray
 from moe_a2a.types import Dispatched, Handle, Layout, Masked
 from moe_a2a.unpack import Unpacker
 
@@ -39,6 +40,8 @@ class CpuBackend:
         self._health = Health()
         if options.fp8_only:
             raise ConfigError("fp8_only=True makes the buffers of GPU ranks smaller; leave it out on CPU ranks")
+        if options.num_sms is not None:
+            raise ConfigError(f"num_sms={options.num_sms} is for GPU ranks; leave it out on CPU ranks")
         self._meeting = meet(config, options, bootstrap)
         self.resources = self._meeting.resources
         self._arena, self._transports = self._meeting.arena, self._meeting.transports
@@ -54,24 +57,26 @@ class CpuBackend:
     def dispatch(
         self,
         x: torch.Tensor,
-        topk_ids: torch.Tensor,
+        topk_ids: torch.Tensor | None,
         topk_weights: torch.Tensor | None,
         scales: torch.Tensor | None,
         fp8: ScaleFormat | None,
         channel: str | None,
         layout: Layout,
+        like: Handle | None,
         alignment: int,
         out: torch.Tensor | None,
+        host_counts: bool,
         by_source: bool,
     ) -> Dispatched:
         if out is not None:
             dtype = FP8 if fp8 is not None or (isinstance(x, torch.Tensor) and x.dtype == FP8) else self.config.dtype
             self._unpacker.check_out(layout, out, dtype)
-        handle = self.dispatch_send(x, topk_ids, topk_weights, scales, fp8, channel)
+        handle = self.dispatch_send(x, topk_ids, topk_weights, scales, fp8, channel, layout, like)
         if by_source:
             self.reserve(handle, True, out)
         try:
-            return self.dispatch_recv(handle, layout, alignment, out)
+            return self.dispatch_recv(handle, layout, alignment, out, host_counts)
         except InputError as error:  # out is too small for what arrived: the step is open, and not to be lost
             error.handle = handle
             raise
@@ -80,18 +85,23 @@ class CpuBackend:
     def dispatch_send(
         self,
         x: torch.Tensor,
-        topk_ids: torch.Tensor,
+        topk_ids: torch.Tensor | None,
         topk_weights: torch.Tensor | None,
         scales: torch.Tensor | None,
         fp8: ScaleFormat | None,
         channel: str | None,
+        layout: Layout | None,
+        like: Handle | None,
     ) -> Handle:
         self._health.check()
         index = self._channel(channel)
         tensor = checks.check_tokens(self.config, x, fp8)
         tokens = tensor.shape[0]
-        ids = checks.check_ids(self.config, topk_ids, tokens)
-        weights = None if topk_weights is None else checks.check_weights(self.config, topk_weights, tokens)
+        if like is not None:
+            ids, weights = self._known(like, index, topk_ids, topk_weights, tokens)
+        else:
+            ids = checks.check_ids(self.config, topk_ids, tokens)
+            weights = None if topk_weights is None else checks.check_weights(self.config, topk_weights, tokens)
         rows, row_scales, fp8 = self._encode(tensor, scales, fp8)
         if len(self._open[index]) >= _MOST_OPEN:
             raise HandleError(
@@ -116,7 +126,7 @@ class CpuBackend:
         )
         self._open[index].append(step)
         self._each(lambda transport: transport.send_dispatch(step))
-        return Handle(self, step, fp8)
+        return Handle(self, step, fp8, layout)
 
     def reserve(self, handle: Handle, by_source: bool, out: torch.Tensor | None) -> Masked:
         step = self._step(handle, Phase.SENT)
@@ -124,8 +134,11 @@ class CpuBackend:
         return handle._reserved
 
     @torch.no_grad()
-    def dispatch_recv(self, handle: Handle, layout: Layout, alignment: int, out: torch.Tensor | None) -> Dispatched:
+    def dispatch_recv(
+        self, handle: Handle, layout: Layout | None, alignment: int, out: torch.Tensor | None, host_counts: bool
+    ) -> Dispatched:
         step = self._step(handle, Phase.SENT)
+        layout = layout or handle._layout or "masked"
         if not step.arrivals:
             self._receive(step)
         first = self.rank * self.local_experts
@@ -138,6 +151,8 @@ class CpuBackend:
             self._unpacker.masked(step, received, table, result)
         elif layout == "contiguous":
             result = self._unpacker.contiguous(step, received, table, handle, handle._fp8, out)
+            if host_counts:
+                result = replace(result, counts_list=checks.padded(result.counts.tolist(), alignment))
         else:
             result = self._unpacker.grouped(step, received, table, handle, handle._fp8, out, alignment)
         step.received, step.layout, step.phase = received, layout, Phase.RECEIVED
@@ -223,6 +238,25 @@ class CpuBackend:
             self._unpacker.close()
 
     # helpers
+
+    def _known(
+        self,
+        like: Handle,
+        channel: int,
+        topk_ids: torch.Tensor | None,
+        topk_weights: torch.Tensor | None,
+        tokens: int,
+    ) -> tuple[IntArray, FloatArray | None]:
+        """Ids and weights of an earlier step."""
+        if not isinstance(like, Handle) or like._owner is not self or like._step.channel != channel:
+            raise HandleError(
+                f"like={like!r}; give the handle of a step of channel {self.config.channels[channel]!r} of this object"
+            )
+        earlier = like._step
+        if earlier.phase is Phase.SENT:
+            raise HandleError(f"like={like!r}; receive that step first")
+        checks.check_like(topk_ids, topk_weights, tokens, earlier.tokens)
+        return earlier.outgoing.ids, earlier.outgoing.weights
 
     def _own(self, handle: Handle) -> Step:
         if not isinstance(handle, Handle):

@@ -19,8 +19,8 @@ class Handle:
 
     _reserved: Masked | None = None
 
-    def __init__(self, owner: object, step: Step, fp8: ScaleFormat | None) -> None:
-        self._owner, self._step, self._fp8 = owner, step, fp8
+    def __init__(self, owner: object, step: Step, fp8: ScaleFormat | None, layout: Layout | None = None) -> None:
+        self._owner, self._step, self._fp8, self._layout = owner, step, fp8, layout
 
     @property
     def channel(self) -> str:
@@ -75,6 +75,9 @@ class Contiguous:
     tokens_per_rank: int32 [R], rows that came from each rank.
     source: int32 [N], source rank * M + token number.
     scales: None, or fp32 [N, H/128] row-major, or int32 [N, ceil(H/512)] column-major for UE8M0.
+    counts_list: `counts` as a list, each rounded up to `alignment`, if host_counts was asked for; else None.
+    GPU ranks without host_counts: all tensors have R*M rows in place of N. tokens_per_rank sums to N; the rows behind
+        hold id -1, weight 0 and source -1, and x there means nothing.
     Storage belongs to the AllToAll unless `out` was given: valid until the channel's next dispatch but one.
     """
 
@@ -86,6 +89,7 @@ class Contiguous:
     source: torch.Tensor
     scales: torch.Tensor | None
     handle: Handle
+    counts_list: list[int] | None = None
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ group = VirtualGroup(config, ranks=4, device="cuda")
 got = group.dispatch(x, topk_ids, topk_weights)                   # lists: one entry a rank
 out = group.combine([experts(d.x, d.counts) for d in got], [d.handle for d in got])
 
-The kernels, buffers and flags are those of real GPU ranks. Every rank's send is launched before any rank's receive, on
-one stream, so that no wait lasts. With device="cpu" the kernels run in Triton's interpreter: slow, for tests and for
+The kernels, buffers and flags are those of real GPU ranks. What a rank waits for is launched before, on every rank and
+on one stream, so that no wait lasts. With device="cpu" the kernels run in Triton's interpreter: slow, for tests and for
 stepping through them in a debugger.
 """
 
@@ -15,7 +15,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import torch
 
@@ -23,11 +23,15 @@ from moe_a2a.config import Config
 from moe_a2a.errors import ConfigError, InputError
 from moe_a2a.fp8 import ScaleFormat
 from moe_a2a.gpu.layout import Layout
-from moe_a2a.types import Handle, Masked
+from moe_a2a.step import Phase
+from moe_a2a.types import Contiguous, Grouped, Handle, Masked
 
 if TYPE_CHECKING:
+    from moe_a2a.gpu.contiguous import ContiguousRank
+    from moe_a2a.gpu.grouped import GroupedRank
     from moe_a2a.gpu.masked import MaskedRank
 
+_INTERPRETER_PROGRAMS = 4  # of a contiguous launch
 _INTERPRETER_PROCESSORS = 1  # "SMs" of the interpreter: programs that loop over items are fewer, and so launch faster
 
 
@@ -36,7 +40,8 @@ class VirtualGroup:
 
     config: as for `AllToAll`. ranks: R. device: "cuda", "cuda:1", or "cpu" (Triton's interpreter; nothing may have
     imported Triton before, unless TRITON_INTERPRET=1 was set). timeout_s: budget of every wait; fp8_only: smaller
-    buffers, for dispatches in FP8 only. `ranks` holds the ranks, to drive them one by one.
+    buffers, for dispatches in FP8 only; num_sms: of contiguous steps, see `Options`. `ranks` holds the ranks, to drive
+    them one by one; `contiguous` and `grouped` what they do in steps of these layouts.
 
     Raises ConfigError.
     """
@@ -49,6 +54,7 @@ class VirtualGroup:
         *,
         timeout_s: float = 10.0,
         fp8_only: bool = False,
+        num_sms: int = 24,
     ) -> None:
         self.config, self.device = config, _device(device)
         self.layout = Layout.of(config, ranks, fp8_only)
@@ -59,7 +65,9 @@ class VirtualGroup:
         processors = _INTERPRETER_PROCESSORS
         if on_gpu:
             processors = torch.cuda.get_device_properties(self.device).multi_processor_count
-        from moe_a2a.gpu.masked import MaskedRank  # needs Triton, in the mode that _device has chosen
+        from moe_a2a.gpu.contiguous import ContiguousRank  # needs Triton, in the mode that _device has chosen
+        from moe_a2a.gpu.grouped import GroupedRank
+        from moe_a2a.gpu.masked import MaskedRank
 
         words = torch.zeros(Layout.HOST_WORDS, dtype=torch.int64, pin_memory=on_gpu)
         #: int64 [1], a bit for each rank that lives; a wait ends at once if only ranks without their bit are missing.
@@ -80,56 +88,136 @@ class VirtualGroup:
             )
             for rank in range(ranks)
         ]
+        self.contiguous: list[ContiguousRank] = [
+            ContiguousRank(rank, num_sms if on_gpu else _INTERPRETER_PROGRAMS) for rank in self.ranks
+        ]
+        self.grouped: list[GroupedRank] = [GroupedRank(rank, processors) for rank in self.contiguous]
 
     @property
     def buffer_bytes(self) -> int:
         """Bytes of the communication buffers of one rank, all channels."""
         return self.layout.region_bytes * len(self.config.channels)
 
+    @overload
     def dispatch(
         self,
         x: Sequence[torch.Tensor],
         topk_ids: Sequence[torch.Tensor],
         topk_weights: Sequence[torch.Tensor] | None = None,
         *,
+        layout: Literal["masked"] = "masked",
         scales: Sequence[torch.Tensor] | None = None,
         fp8: ScaleFormat | None = None,
         channel: str | None = None,
         out: Sequence[torch.Tensor] | None = None,
-    ) -> list[Masked]:
-        """`AllToAll.dispatch` of every rank, masked layout. Raises InputError, HandleError."""
-        handles = self.dispatch_send(x, topk_ids, topk_weights, scales=scales, fp8=fp8, channel=channel)
-        return self.dispatch_recv(handles, out=out)
+    ) -> list[Masked]: ...
+
+    @overload
+    def dispatch(
+        self,
+        x: Sequence[torch.Tensor],
+        topk_ids: Sequence[torch.Tensor] | None = None,
+        topk_weights: Sequence[torch.Tensor] | None = None,
+        *,
+        layout: Literal["contiguous"],
+        scales: Sequence[torch.Tensor] | None = None,
+        fp8: ScaleFormat | None = None,
+        channel: str | None = None,
+        out: Sequence[torch.Tensor] | None = None,
+        like: Sequence[Handle] | None = None,
+        host_counts: bool = False,
+    ) -> list[Contiguous]: ...
+
+    def dispatch(
+        self,
+        x: Sequence[torch.Tensor],
+        topk_ids: Sequence[torch.Tensor] | None = None,
+        topk_weights: Sequence[torch.Tensor] | None = None,
+        *,
+        layout: Literal["masked", "contiguous"] = "masked",
+        scales: Sequence[torch.Tensor] | None = None,
+        fp8: ScaleFormat | None = None,
+        channel: str | None = None,
+        out: Sequence[torch.Tensor] | None = None,
+        like: Sequence[Handle] | None = None,
+        host_counts: bool = False,
+    ) -> list[Masked] | list[Contiguous]:
+        """`AllToAll.dispatch` of every rank. Raises InputError, HandleError."""
+        handles = self.dispatch_send(
+            x, topk_ids, topk_weights, layout=layout, scales=scales, fp8=fp8, channel=channel, like=like
+        )
+        if layout == "masked":
+            return self.dispatch_recv(handles, out=out)
+        return self.contiguous_recv(handles, out=out, host_counts=host_counts)
 
     def dispatch_send(
         self,
         x: Sequence[torch.Tensor],
-        topk_ids: Sequence[torch.Tensor],
+        topk_ids: Sequence[torch.Tensor] | None = None,
         topk_weights: Sequence[torch.Tensor] | None = None,
         *,
+        layout: Literal["masked", "contiguous"] = "masked",
         scales: Sequence[torch.Tensor] | None = None,
         fp8: ScaleFormat | None = None,
         channel: str | None = None,
+        like: Sequence[Handle] | None = None,
     ) -> Sequence[Handle]:
         """The sending halves. Raises InputError, HandleError."""
+        each = zip(
+            self._all("x", x),
+            self._each("topk_ids", topk_ids),
+            self._each("topk_weights", topk_weights),
+            self._each("scales", scales),
+            self._each("like", like),
+            strict=True,
+        )
         with self._current():
-            return [
-                rank.dispatch_send(rows, ids, weights, scales=row_scales, fp8=fp8, channel=channel)
-                for rank, rows, ids, weights, row_scales in zip(
-                    self.ranks,
-                    self._all("x", x),
-                    self._all("topk_ids", topk_ids),
-                    self._each("topk_weights", topk_weights),
-                    self._each("scales", scales),
-                    strict=True,
-                )
+            if layout == "masked":
+                return [
+                    rank.dispatch_send(rows, cast(torch.Tensor, ids), weights, scales=given, fp8=fp8, channel=channel)
+                    for rank, (rows, ids, weights, given, _) in zip(self.ranks, each, strict=True)
+                ]
+            handles = [
+                rank.dispatch_layout(rows, ids, weights, scales=given, fp8=fp8, channel=channel, like=earlier)
+                for rank, (rows, ids, weights, given, earlier) in zip(self.contiguous, each, strict=True)
             ]
+            for rank, handle in zip(self.contiguous, handles, strict=True):
+                rank.dispatch_rows(handle)
+        return handles
 
     def dispatch_recv(self, handles: Sequence[Handle], *, out: Sequence[torch.Tensor] | None = None) -> list[Masked]:
-        """The receiving halves. Raises InputError, HandleError."""
+        """The receiving halves of a masked step. Raises InputError, HandleError."""
         outs = self._each("out", out)
         with self._current():
             return [r.dispatch_recv(h, out=o) for r, h, o in zip(self.ranks, handles, outs, strict=True)]
+
+    def contiguous_recv(
+        self, handles: Sequence[Handle], *, out: Sequence[torch.Tensor] | None = None, host_counts: bool = False
+    ) -> list[Contiguous]:
+        """The receiving halves of a contiguous step. Raises InputError, HandleError."""
+        outs = self._each("out", out)
+        with self._current():
+            return [
+                rank.dispatch_recv(handle, out=o, host_counts=host_counts)
+                for rank, handle, o in zip(self.contiguous, handles, outs, strict=True)
+            ]
+
+    def grouped_recv(
+        self,
+        handles: Sequence[Handle],
+        *,
+        alignment: int = 128,
+        out: Sequence[torch.Tensor] | None = None,
+        host_counts: bool = False,
+    ) -> list[Grouped]:
+        """The receiving halves of a step that was sent as contiguous, for the grouped layout. Raises InputError,
+        HandleError."""
+        outs = self._each("out", out)
+        with self._current():
+            return [
+                rank.dispatch_recv(handle, alignment=alignment, out=o, host_counts=host_counts)
+                for rank, handle, o in zip(self.grouped, handles, outs, strict=True)
+            ]
 
     def combine(
         self,
@@ -140,20 +228,45 @@ class VirtualGroup:
         out: Sequence[torch.Tensor] | None = None,
     ) -> list[torch.Tensor]:
         """`AllToAll.combine` of every rank. Raises InputError, HandleError."""
-        outs = self._each("out", out)
+        from moe_a2a.gpu.contiguous_state import ContiguousHandle
+
+        ys, outs = self._all("y", y), self._each("out", out)
         with self._current():
+            if isinstance(handles[0], ContiguousHandle):
+                return self._combine_contiguous(ys, handles, topk_weights, outs)
             if topk_weights is not None:
                 for rank, handle, weights in zip(self.ranks, handles, topk_weights, strict=True):
                     rank.weights_push(handle, weights)
-            for rank, handle, rows in zip(self.ranks, handles, self._all("y", y), strict=True):
+            for rank, handle, rows in zip(self.ranks, handles, ys, strict=True):
                 rank.combine_send(rows, handle)
             return [r.combine_recv(h, out=o) for r, h, o in zip(self.ranks, handles, outs, strict=True)]
 
+    def _combine_contiguous(
+        self,
+        ys: Sequence[torch.Tensor],
+        handles: Sequence[Handle],
+        topk_weights: Sequence[torch.Tensor] | None,
+        outs: Sequence[torch.Tensor | None],
+    ) -> list[torch.Tensor]:
+        if topk_weights is not None:
+            raise InputError("the contiguous layout combines rows that carry their weights; leave topk_weights out")
+        ys = [rank.contiguous_rows(rows, handle) for rank, handle, rows in zip(self.grouped, handles, ys, strict=True)]
+        for one, handle, rows in zip(self.contiguous, handles, ys, strict=True):
+            one.combine_apart(rows, handle)
+        return [
+            one.combine_sums(rows, handle, out=o)
+            for one, handle, rows, o in zip(self.contiguous, handles, ys, outs, strict=True)
+        ]
+
     def discard(self, handles: Sequence[Handle]) -> None:
         """`AllToAll.discard` of every rank: end a step without a combine. Raises HandleError."""
+        from moe_a2a.gpu.contiguous_state import ContiguousHandle
         from moe_a2a.gpu.discard import discard_recv, discard_send
 
         with self._current():
+            for one, handle in zip(self.contiguous, handles, strict=True):
+                if isinstance(handle, ContiguousHandle) and handle.phase is Phase.SENT:
+                    one.dispatch_recv(handle)
             for rank, handle in zip(self.ranks, handles, strict=True):
                 discard_send(rank, handle)
             for rank, handle in zip(self.ranks, handles, strict=True):
@@ -167,12 +280,12 @@ class VirtualGroup:
     def _current(self) -> AbstractContextManager[object]:
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
-    def _all(self, name: str, values: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    def _all(self, name: str, values: Sequence[Any]) -> Sequence[Any]:
         if len(values) != len(self.ranks):
             raise InputError(f"{name} has {len(values)} entries; give one for each of the {len(self.ranks)} ranks")
         return values
 
-    def _each(self, name: str, values: Sequence[torch.Tensor] | None) -> Sequence[torch.Tensor | None]:
+    def _each(self, name: str, values: Sequence[Any] | None) -> Sequence[Any]:
         return [None] * len(self.ranks) if values is None else self._all(name, values)
 
 

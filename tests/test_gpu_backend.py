@@ -249,7 +249,6 @@ def _bad_input(ctx: Ctx) -> None:
         for says, options in (
             ("channel='c'", {"channel": "c"}),
             ("out has shape", {"out": y[0]}),
-            ("served by CPU ranks", {"layout": "grouped"}),
             ("allowed: None, 'fp32'", {"fp8": "fp4"}),
         ):
             with pytest.raises(InputError, match=says):

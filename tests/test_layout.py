@@ -9,7 +9,7 @@ from moe_a2a import Config, ConfigError
 from moe_a2a.gpu.layout import Layout
 from moe_a2a.gpu.report import NO_BAD_INPUT, describe_bad_input, describe_misuse, ranks_of
 
-AREAS = ("flags", "headers", "counts", "table", "weights", "rows", "sums")
+AREAS = ("flags", "headers", "chunks", "matrix", "counts", "table", "weights", "source", "rows", "sums")
 
 
 @pytest.mark.parametrize(
@@ -20,6 +20,12 @@ def test_the_buffers_of_deepseek_v3_on_two_gpus_stay_small(tokens: int, fp8_only
     assert Layout.of(Config(256, 7168, 8, tokens), 2, fp8_only).region_bytes <= most
 
 
+@pytest.mark.parametrize("ranks, tokens", [(2, 4096), (8, 1024)])
+def test_prefill_needs_little_beside_its_rows(ranks: int, tokens: int) -> None:
+    rows = ranks * tokens * 7168 * 2
+    assert Layout.of(Config(256, 7168, 8, tokens), ranks).region_bytes <= 1.1 * 2 * 2 * rows
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("fp8_only", [False, True])
@@ -27,11 +33,14 @@ def test_areas_follow_one_another_aligned_and_without_overlap(ranks: int, dtype:
     layout = Layout.of(Config(24, 640, 5, 7, dtype), ranks, fp8_only)
     slots = ranks * 7
     needed = [
-        3 * ranks * 8,
+        layout.PHASES * ranks * 8,
         ranks * 64,
+        ranks * 1 * 8,  # chunks of 16 rows
+        ranks * (ranks + 1) * 4,
         ranks * layout.E_L * 4,
+        slots * 40,
         slots * 20,
-        slots * 20,
+        slots * 4,
         slots * layout.row_stride,
         slots * 640 * dtype.itemsize,
     ]
@@ -40,6 +49,7 @@ def test_areas_follow_one_another_aligned_and_without_overlap(ranks: int, dtype:
         assert start % 256 == 0 and start + size <= end < start + size + 256
     assert layout.region_bytes == 2 * layout.parity_bytes
     assert layout.row_stride % 16 == 0 and layout.row_stride >= 640 + 4 * 5
+    assert layout.scales + slots * 20 <= layout.sums
     assert layout.row_stride >= 640 * dtype.itemsize or fp8_only
 
 

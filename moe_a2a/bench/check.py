@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from moe_a2a import reference
@@ -34,7 +36,9 @@ def check_case(case: Case, a2a: AllToAll, step: int) -> str | None:
         return 1 + expert / case.experts
 
     given = (tensor.to(a2a.device) for tensor in (mine.x, mine.topk_ids, mine.topk_weights))
-    got = a2a.dispatch(*given, layout=case.layout, fp8=case.fp8)
+    # Exactly the rows that came, on GPU ranks too.
+    exact: dict[str, Any] = {} if case.layout == "masked" else {"host_counts": True}
+    got = a2a.dispatch(*given, layout=case.layout, fp8=case.fp8, **exact)
     first = a2a.rank * a2a.local_experts
     wrong: str | None = None
     if isinstance(got, Masked):
@@ -54,20 +58,22 @@ def check_case(case: Case, a2a: AllToAll, step: int) -> str | None:
                 y[e, :count] = (_values(rows, scale) * scale_of(torch.tensor(first + e))).to(dtype)
     elif isinstance(got, Contiguous):
         flat = reference.dispatch_contiguous(sizes, payload, ids, weights, a2a.rank, scales)
-        if not (_same(got.x, flat.x) and torch.equal(got.topk_ids, flat.topk_ids)):
+        rows, chosen, scale = got.x.cpu(), got.topk_ids.cpu(), None if got.scales is None else got.scales.cpu()
+        if not (_same(rows, flat.x) and torch.equal(chosen, flat.topk_ids)):
             wrong = "received rows differ from the oracle"
         assert got.topk_weights is not None
-        factors = (got.topk_weights * scale_of(first + got.topk_ids.clamp(min=0))).sum(dim=1, keepdim=True)
-        y = (_values(got.x, got.scales) * factors).to(dtype)
+        factors = (got.topk_weights.cpu() * scale_of(first + chosen.clamp(min=0))).sum(dim=1, keepdim=True)
+        y = (_values(rows, scale) * factors).to(dtype)
     else:
         grouped = reference.dispatch_grouped(sizes, payload, ids, weights, a2a.rank, 128, scales)
         valid = grouped.expert_ids >= 0
-        if not (torch.equal(got.expert_ids, grouped.expert_ids) and _same(got.x[valid], grouped.x[valid])):
+        rows, experts = got.x.cpu(), got.expert_ids.cpu()
+        if not (torch.equal(experts, grouped.expert_ids) and _same(rows[valid], grouped.x[valid])):
             wrong = "received rows differ from the oracle"
-        y = torch.zeros(got.x.shape, dtype=dtype)
-        values = _values(got.x, got.scales)
-        y[valid] = (values * scale_of(first + got.expert_ids)[:, None]).to(dtype)[valid]
-    out = a2a.combine(y, got.handle).cpu()
+        y = torch.zeros(rows.shape, dtype=dtype)
+        values = _values(rows, None if got.scales is None else got.scales.cpu())
+        y[valid] = (values * scale_of(first + experts)[:, None]).to(dtype)[valid]
+    out = a2a.combine(y.to(a2a.device), got.handle).cpu()
 
     source = mine.x if scales is None else _values(payload[a2a.rank], scales[a2a.rank]).to(dtype)
     expected = reference.moe_output(

@@ -102,6 +102,11 @@ def _names(allowed: Sequence[str]) -> click.ParamType[list[str]]:
     help="Peers in the same run; '' for none.  [default: gloo; with --device cuda, nccl, and deep_ep and mooncake "
     "where they are installed]",
 )
+@click.option(
+    "--num-sms",
+    type=click.IntRange(2),
+    help="SMs of a GPU that contiguous and grouped steps use, with --device cuda.  [default: 24]",
+)
 @click.option("--protocol", default="tcp", show_default=True, help="Transfer Engine protocol between hosts.")
 @click.option("--device-filter", default="", help="RDMA devices of the engine.")
 @click.option(
@@ -132,6 +137,7 @@ def bench(
     routing: str,
     iterations: int | None,
     baseline: list[str] | None,
+    num_sms: int | None,
     protocol: str,
     device_filter: str,
     metadata_server: str,
@@ -167,7 +173,11 @@ def bench(
         if hosts is not None and hosts > world:
             raise click.UsageError(f"--hosts {hosts} is more than {world} ranks")
         options = Options(
-            timeout_s=timeout, protocol=protocol, device_filter=device_filter, metadata_server=metadata_server
+            timeout_s=timeout,
+            protocol=protocol,
+            device_filter=device_filter,
+            metadata_server=metadata_server,
+            num_sms=num_sms,
         )
     except (MoeA2AError, ValueError) as error:
         raise click.UsageError(str(error)) from error
@@ -204,11 +214,11 @@ def _check_device(
         return
     if not _gpus():
         raise click.UsageError("--device cuda, but torch sees no GPU (`moe-a2a doctor` says why)")
-    if layout != ["masked"]:
-        raise click.UsageError(f"--layout {','.join(layout)}: GPU ranks have the masked layout so far")
+    if baselines and layout != ["masked"]:
+        raise click.UsageError(f"--baseline {baselines[0]} has the masked layout only; --layout is {','.join(layout)}")
     if hosts not in (None, 1):
         raise click.UsageError(f"--hosts {hosts}: GPU ranks are on one host")
-    if baselines != [] and world > _gpus():
+    if baselines != [] and "masked" in layout and world > _gpus():
         raise click.UsageError(
             f"--baseline {baselines[0] if baselines else 'nccl'} needs a GPU for each of {world} ranks, here are "
             f"{_gpus()}; give ''"
@@ -238,11 +248,13 @@ def _routing(text: str) -> str:
 def _run_gpus(cases: list[Case], modes: list[str], options: Options, baselines: tuple[str, ...]) -> list[Result]:
     dist.init_process_group("gloo")
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    beside = Baselines(baselines, cases, torch.device("cuda", torch.cuda.current_device()))
+    device = torch.device("cuda", torch.cuda.current_device())
+    beside = Baselines(baselines, [case for case in cases if case.layout == "masked"], device)
+    alone = Baselines((), (), device)
     results = []
     for case in cases:
         fp8_only = Options(**{**vars(options), "fp8_only": case.fp8 is not None})
-        results += run_gpu_case(case, modes, fp8_only, beside)
+        results += run_gpu_case(case, modes, fp8_only, beside if case.layout == "masked" else alone)
     beside.close()
     return results
 

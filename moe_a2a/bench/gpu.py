@@ -17,7 +17,7 @@ from moe_a2a.bench.low_latency import expert_rows
 from moe_a2a.bench.timing import Runner, measure
 from moe_a2a.bootstrap import GroupBootstrap
 from moe_a2a.config import Options
-from moe_a2a.types import Masked
+from moe_a2a.types import Dispatched, Masked
 
 Result = dict[str, Any]
 
@@ -28,12 +28,17 @@ def run_gpu_case(case: Case, modes: Sequence[str], options: Options, baselines: 
     device = torch.device("cuda", torch.cuda.current_device())
     with AllToAll(case.config("bench"), device=device, options=options) as a2a:
         problems = gather.all_gather(check_case(case, a2a, 0), options.timeout_s)
-        step, ours = _ours(case, a2a)
-        runners, wrong = {"ours": ours}, {}
-        for name in baselines.names:
-            runner, wrong[name] = baselines.prepare(name, step)
-            if runner is not None:
-                runners[name] = runner
+        runners, wrong = {}, {}
+        if case.layout == "masked":
+            step, runners["ours"] = _ours(case, a2a)
+            for name in baselines.names:
+                runner, wrong[name] = baselines.prepare(name, step)
+                if runner is not None:
+                    runners[name] = runner
+            del step
+        else:
+            assert not baselines.names, "baselines have the masked layout"
+            runners["ours"] = _prefill(case, a2a)
         compared = _beside(gather.all_gather(wrong, options.timeout_s), case, baselines)
         entries = []
         for mode in modes:
@@ -44,7 +49,7 @@ def run_gpu_case(case: Case, modes: Sequence[str], options: Options, baselines: 
             own = {"times": times, "failed": failed, "bytes": _bytes(case, a2a)}
             entries.append(entry(case, mode, a2a, problems, gather.all_gather(own, options.timeout_s), compared))
         dist.barrier()
-    del runners, step, ours
+    del runners
     torch.cuda.empty_cache()  # the next case has other sizes, and baselines allocate beside torch
     return entries
 
@@ -81,6 +86,24 @@ def _ours(case: Case, a2a: AllToAll) -> tuple[OurStep, Runner]:
     return OurStep(case, a2a.config, a2a.rank, x, ids, weights, got, y, sums), Runner(dispatch, combine)
 
 
+def _prefill(case: Case, a2a: AllToAll) -> Runner:
+    """A step of the contiguous or grouped layout, with as many rows as could arrive, as nothing waits for counts."""
+    mine, device, layout = case.inputs(a2a.rank, 1), a2a.device, case.layout
+    x, ids, weights = mine.x.to(device), mine.topk_ids.to(device), mine.topk_weights.to(device)
+    got = a2a.dispatch(x, ids, weights, layout=layout, fp8=case.fp8)
+    y = torch.ones(got.x.shape, dtype=x.dtype, device=device)
+    out = torch.empty_like(x)
+    a2a.combine(y, got.handle, out=out)
+
+    def dispatch() -> Dispatched:
+        return a2a.dispatch(x, ids, weights, layout=layout, fp8=case.fp8)
+
+    def combine(got: Dispatched) -> torch.Tensor:
+        return a2a.combine(y, got.handle, out=out)
+
+    return Runner(dispatch, combine)
+
+
 def _beside(wrong: Sequence[dict[str, str | None]], case: Case, baselines: Baselines) -> dict[str, Result]:
     """A baseline's entry of the JSON before it is timed. wrong: by rank and baseline."""
     compared: dict[str, Result] = {}
@@ -100,9 +123,13 @@ def _bytes(case: Case, a2a: AllToAll) -> list[int]:
     rows = sum(int((owner == r).any(dim=1).sum()) for r in range(a2a.world_size) if r != a2a.rank)
     row = (config.hidden_size + 4 * config.groups if case.fp8 else config.row_bytes) + config.row_bytes
     peers = a2a.world_size - 1
-    # To every peer: tables and weights of all tokens, counts, header, two flags.
-    beside = ids.numel() * 8 + a2a.local_experts * 4 + 5 * 8 + 2 * 8
-    return [rows * row + peers * beside, rows * row]
+    if case.layout == "masked":
+        # To every peer: tables and weights of all tokens, counts, header, two flags.
+        beside = peers * (ids.numel() * 8 + a2a.local_experts * 4 + 5 * 8 + 2 * 8)
+    else:
+        # With each row: ids, weights, source. To every peer: counts for ranks and experts, header, three flags.
+        beside = rows * (config.top_k * 12 + 4) + peers * ((a2a.world_size + a2a.local_experts) * 4 + 7 * 8 + 3 * 8)
+    return [rows * row + beside, rows * row]
 
 
 def entry(

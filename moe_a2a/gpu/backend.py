@@ -8,23 +8,24 @@ from __future__ import annotations
 
 import time
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 
 from moe_a2a.backend import Health
 from moe_a2a.bootstrap import Bootstrap
-from moe_a2a.config import Config, Options
+from moe_a2a.config import DEFAULT_SMS, Config, Options
 from moe_a2a.errors import HandleError, InputError, RankLost
-from moe_a2a.fp8 import ScaleFormat
+from moe_a2a.fp8 import FP8, ScaleFormat
 from moe_a2a.gpu import inputs
 from moe_a2a.gpu.budget import Budget
+from moe_a2a.gpu.contiguous_state import ContiguousHandle
 from moe_a2a.gpu.handle import GpuHandle
 from moe_a2a.gpu.layout import Layout as Places
 from moe_a2a.gpu.rendezvous import find_device, meet
 from moe_a2a.gpu.report import NO_BAD_INPUT, NOTHING
 from moe_a2a.step import Phase
-from moe_a2a.types import Handle, Layout, Masked
+from moe_a2a.types import Dispatched, Handle, Layout, Masked
 
 if TYPE_CHECKING:
     from moe_a2a.gpu.mask import Mask
@@ -46,7 +47,9 @@ class GpuBackend:
         self.resources, self.hosts = meeting.resources, meeting.hosts.ranks_of
         self.buffer_bytes = sum(region.nbytes for region in meeting.regions)
         self._health, self._peers, self._layout = Health(), meeting.peers, meeting.layout
-        from moe_a2a.gpu.masked import MaskedRank  # needs Triton, which `meet` has looked for
+        from moe_a2a.gpu.contiguous import ContiguousRank  # needs Triton, which `meet` has looked for
+        from moe_a2a.gpu.grouped import GroupedRank
+        from moe_a2a.gpu.masked import MaskedRank
 
         rank, world = bootstrap.rank, bootstrap.world_size
         with torch.cuda.device(self.device):
@@ -60,6 +63,8 @@ class GpuBackend:
                 torch.cuda.get_device_properties(self.device).multi_processor_count,
                 options.timeout_s,
             )
+            self.contiguous = ContiguousRank(self.rank, options.num_sms or DEFAULT_SMS)
+            self.grouped = GroupedRank(self.contiguous, self.rank._processors)
             self._seen = torch.tensor(NOTHING, dtype=torch.int64).pin_memory()
             torch.cuda.synchronize()
         self._news = memoryview(self._seen.numpy().data)
@@ -73,60 +78,103 @@ class GpuBackend:
     def dispatch(
         self,
         x: torch.Tensor,
-        topk_ids: torch.Tensor,
+        topk_ids: torch.Tensor | None,
         topk_weights: torch.Tensor | None,
         scales: torch.Tensor | None,
         fp8: ScaleFormat | None,
         channel: str | None,
         layout: Layout,
+        like: Handle | None,
         alignment: int,
         out: torch.Tensor | None,
+        host_counts: bool,
         by_source: bool,
-    ) -> Masked:
-        _check_layout(layout)
+    ) -> Dispatched:
+        if layout != "masked":
+            if out is not None:
+                quantised = fp8 is not None or (isinstance(x, torch.Tensor) and x.dtype == FP8)
+                most = self._layout.CAPACITY if layout == "contiguous" else self.grouped.worst_case(alignment)
+                # With host_counts, the rows that it needs are not known yet.
+                rows = 0 if host_counts else most
+                self.contiguous.check_out(out, FP8 if quantised else self.config.dtype, rows)
+            handle = self.dispatch_send(x, topk_ids, topk_weights, scales, fp8, channel, layout, like)
+            try:
+                return self.dispatch_recv(handle, layout, alignment, out, host_counts)
+            except InputError as error:  # out is too small for what arrived: the step is open, and not to be lost
+                error.handle = handle
+                raise
+        ids = _masked_ids(topk_ids, like, host_counts)
         self._ready()
         with self._current():
             return self.rank.dispatch(
-                x, topk_ids, topk_weights, scales=scales, fp8=fp8, channel=channel, out=out, by_source=by_source
+                x, ids, topk_weights, scales=scales, fp8=fp8, channel=channel, out=out, by_source=by_source
             )
 
     def dispatch_send(
         self,
         x: torch.Tensor,
-        topk_ids: torch.Tensor,
+        topk_ids: torch.Tensor | None,
         topk_weights: torch.Tensor | None,
         scales: torch.Tensor | None,
         fp8: ScaleFormat | None,
         channel: str | None,
+        layout: Layout | None,
+        like: Handle | None,
     ) -> Handle:
+        handle: GpuHandle | ContiguousHandle
         self._ready()
         with self._current():
-            return self.rank.dispatch_send(x, topk_ids, topk_weights, scales=scales, fp8=fp8, channel=channel)
+            if layout is None or layout == "masked":
+                ids = _masked_ids(topk_ids, like, False)
+                handle = self.rank.dispatch_send(x, ids, topk_weights, scales=scales, fp8=fp8, channel=channel)
+            else:
+                handle = self.contiguous.dispatch_send(
+                    x, topk_ids, topk_weights, scales=scales, fp8=fp8, channel=channel, like=like
+                )
+                handle.layout = layout
+        return handle
 
     def reserve(self, handle: Handle, by_source: bool, out: torch.Tensor | None) -> Masked:
-        self._health.check()
+        mine = self._own(handle)
+        if isinstance(mine, ContiguousHandle):
+            raise InputError(f"{mine!r} was sent for the {mine.layout} layout; outputs are reserved in the masked one")
         with self._current():
-            return self.rank.reserve(handle, by_source=by_source, out=out)
+            return self.rank.reserve(mine, by_source=by_source, out=out)
 
-    def dispatch_recv(self, handle: Handle, layout: Layout, alignment: int, out: torch.Tensor | None) -> Masked:
-        self._health.check()
-        _check_layout(layout)
+    def dispatch_recv(
+        self, handle: Handle, layout: Layout | None, alignment: int, out: torch.Tensor | None, host_counts: bool
+    ) -> Dispatched:
+        mine = self._own(handle)
+        sent: Layout = "contiguous" if isinstance(mine, ContiguousHandle) else "masked"
+        if layout is not None and (layout == "masked") != (sent == "masked"):
+            raise InputError(f"layout={layout!r}, but the step was sent for {sent!r}; give dispatch_send the layout")
         with self._current():
-            return self.rank.dispatch_recv(handle, out=out)
+            if isinstance(mine, ContiguousHandle):
+                rank = self.grouped if (layout or mine.layout) == "grouped" else self.contiguous
+                return rank.dispatch_recv(mine, alignment=alignment, host_counts=host_counts, out=out)
+            _masked_ids(None, None, host_counts)
+            return self.rank.dispatch_recv(mine, out=out)
 
     # combine
 
     def combine(
         self, y: torch.Tensor, handle: Handle, topk_weights: torch.Tensor | None, out: torch.Tensor | None
     ) -> torch.Tensor:
-        self._health.check()
+        mine = self._own(handle)
         with self._current():
-            result = self.rank.combine(y, handle, topk_weights, out=out)
-            self._ended(handle)
+            if isinstance(mine, ContiguousHandle):
+                result = self.contiguous.combine(self._rows(y, mine, topk_weights), mine, out=out)
+            else:
+                result = self.rank.combine(y, mine, topk_weights, out=out)
+            self._ended(mine)
         return result if out is None else out
 
     def combine_send(self, y: torch.Tensor, handle: Handle, topk_weights: torch.Tensor | None) -> None:
         mine, places = self._own(handle), self._layout
+        if isinstance(mine, ContiguousHandle):
+            with self._current():
+                self.contiguous.combine_send(self._rows(y, mine, topk_weights), mine)
+            return
         if topk_weights is not None and mine.phase is Phase.RECEIVED:  # nothing is sent if y is refused
             inputs.check_tensor("y", y, (places.E_L, places.CAP, places.H), (self.config.dtype,), self.device)
         with self._current():
@@ -135,10 +183,11 @@ class GpuBackend:
             self.rank.combine_send(y, handle)
 
     def combine_recv(self, handle: Handle, out: torch.Tensor | None) -> torch.Tensor:
-        self._health.check()
+        mine = self._own(handle)
         with self._current():
-            result = self.rank.combine_recv(handle, out=out)
-            self._ended(handle)
+            rank = self.contiguous if isinstance(mine, ContiguousHandle) else self.rank
+            result = rank.combine_recv(mine, out=out)
+            self._ended(mine)
         return result if out is None else out
 
     def add_wait_times(self, handle: Handle, into: torch.Tensor) -> None:
@@ -237,6 +286,15 @@ class GpuBackend:
 
     # helpers
 
+    def _rows(self, y: torch.Tensor, mine: ContiguousHandle, topk_weights: torch.Tensor | None) -> torch.Tensor:
+        """What the experts of this rank have to say of each received token."""
+        if topk_weights is not None:
+            raise InputError(
+                "GPU ranks combine contiguous rows that carry their weights, and grouped ones with the weights that "
+                "were given at dispatch; leave topk_weights out"
+            )
+        return self.grouped.contiguous_rows(y, mine)
+
     def _current(self) -> AbstractContextManager[object]:
         """Makes this rank's GPU the current one; usually it is, and this runs at every call."""
         index = self.device.index
@@ -256,6 +314,9 @@ class GpuBackend:
         self._health.closed = True
 
 
-def _check_layout(layout: Layout) -> None:
-    if layout != "masked":
-        raise InputError(f"layout={layout!r} is served by CPU ranks (device='cpu'); GPU ranks have 'masked' so far")
+def _masked_ids(topk_ids: torch.Tensor | None, like: Handle | None, host_counts: bool) -> torch.Tensor:
+    if like is not None or host_counts:
+        raise InputError(
+            "like= and host_counts= are for the layouts 'contiguous' and 'grouped'; 'masked' needs neither"
+        )
+    return cast(torch.Tensor, topk_ids)  # checked with the other arguments

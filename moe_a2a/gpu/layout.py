@@ -6,11 +6,22 @@ Region: symmetric, mapped and written by the peers. One for each channel; it hol
 
     flags    int64 [PHASES, R]         written last, by the sources; see `moe_a2a.kernels.signals`
     headers  int64 [R, HEADER_WORDS]   step, view epoch, incarnation, T, bits, of each source
+    chunks   int64 [R, CHUNKS]         flags of CHUNK rows of `sums` each (contiguous)
+    matrix   int32 [R, R + 1]          rows from each rank to each rank, and the block where a rank wants its rows
+                                       (contiguous)
     counts   int32 [R, E_l]            rows that each source sends to each local expert
-    table    int32 [R, M, K]           -1, or (index among the source's rows for that expert) << 10 | local expert
-    weights  fp32  [R, M, K]
-    rows     bytes [R, M, row_stride]  payload, and behind it fp32 [H/128] scales if the payload is FP8
-    sums     bytes [R, M, H * itemsize]  rows that come back at combine, one for each rank that a token went to
+    table    masked: int32 [R, M, K]   -1, or (index among the source's rows for that expert) << 10 | local expert
+             contiguous: int64 [CAPACITY, K]  local expert ids, -1 elsewhere
+    weights  masked: fp32 [R, M, K]; contiguous: fp32 [CAPACITY, K], 0 elsewhere
+    source   int32 [CAPACITY]          source rank * M + token (contiguous)
+    rows     masked: bytes [R, M, row_stride]  payload, and behind it fp32 [H/128] scales if the payload is FP8
+             contiguous: bytes [CAPACITY, H * its itemsize], all packed; then fp32 [CAPACITY, H/128] for FP8
+    sums     bytes [R, M, H * itemsize]  rows that come back at combine, one for each rank that a token went to;
+                                       masked: at the token's number; contiguous: the tokens of a rank packed
+
+A step's parity is that of its number, and says which block holds all this; but the received rows of a contiguous step
+(table, weights, source, rows) lie in the block that the receiver names in `matrix`, because its host hands them out as
+they lie there, and a replayed graph moves the numbers without telling the host.
 
 State: the rank's own, seen by nobody else. One `control` for each rank, one `live` for each channel, and one handle,
 `hits` and `places` for each step that may be open (two for each channel, and one for each step of a captured graph).
@@ -65,7 +76,8 @@ class Layout:
     DISPATCH: ClassVar[int] = 0
     COMBINE: ClassVar[int] = 1
     WEIGHTS: ClassVar[int] = 2
-    PHASES: ClassVar[int] = 3
+    LAYOUT: ClassVar[int] = 3  # counts of a contiguous dispatch
+    PHASES: ClassVar[int] = 4
 
     # Words of `control`, written by the host. A new view is written as "next", with the step at which it begins last,
     # and before it, as 0, the GIVEN_UP of its epoch in `live` of each channel.
@@ -81,9 +93,11 @@ class Layout:
     # Words of `live`, written by kernels of the channel, which run one after another.
     LIVE_STEP: ClassVar[int] = 0  # the last step that was sent
     FINISHED: ClassVar[int] = 1  # + phase; programs of a running kernel that are done
-    OPEN: ClassVar[int] = 4  # + step & 1; the step of that parity that is open here, 0 if none is
-    GIVEN_UP: ClassVar[int] = 6  # + epoch & 1; ranks that this rank found missing in that view
-    LIVE_WORDS: ClassVar[int] = 8
+    OPEN: ClassVar[int] = 5  # + step & 1; the step of that parity that is open here, 0 if none is
+    HELD: ClassVar[int] = 7  # + block; the open contiguous step whose received rows lie there, 0 if none do
+    GIVEN_UP: ClassVar[int] = 9  # + epoch & 1; ranks that this rank found missing in that view
+    TABLES: ClassVar[int] = 11  # + block; the step that wrote the tables of received rows there last
+    LIVE_WORDS: ClassVar[int] = 16
 
     # Words of a handle, all of them written by send; what receive and combine find out is kept here too.
     STEP: ClassVar[int] = 0
@@ -95,9 +109,9 @@ class Layout:
     MISSING: ClassVar[int] = 6  # ranks that are missing from this step, whatever the phase
     EXPECTED: ClassVar[int] = 7  # ranks whose COMBINE flag is waited for: those that are not missing so far
     DEADLINE: ClassVar[int] = 8  # + phase; 0 until somebody has to wait
-    VERDICT: ClassVar[int] = 11  # + phase; 0 unless a deadline came near
-    SENT: ClassVar[int] = 15  # 1 from the end of dispatch's sending half to that of combine's
-    HANDLE_WORDS: ClassVar[int] = 16
+    VERDICT: ClassVar[int] = 12  # + phase; 0 unless a deadline came near
+    SENT: ClassVar[int] = 16  # 1 from the end of dispatch's sending half to that of combine's
+    HANDLE_WORDS: ClassVar[int] = 32
 
     # Words of a header.
     HEADER_STEP: ClassVar[int] = 0
@@ -105,20 +119,34 @@ class Layout:
     HEADER_INCARNATION: ClassVar[int] = 2
     HEADER_TOKENS: ClassVar[int] = 3
     HEADER_BITS: ClassVar[int] = 4
+    HEADER_ROUTING: ClassVar[int] = 5  # the step whose routing a contiguous step follows
+    HEADER_FIRST: ClassVar[int] = 6  # where a contiguous source has put its first row
     HEADER_WORDS: ClassVar[int] = 8
 
     # Words of `report`, for the host.
     BAD_INPUT: ClassVar[int] = 0  # NO_BAD_INPUT, or the first wrong input: see `moe_a2a.gpu.report`
     LOST: ClassVar[int] = 1  # ranks that were ever missing
-    MISUSE: ClassVar[int] = 2  # STARTED_EARLY, ENDED_TWICE
+    MISUSE: ClassVar[int] = 2  # STARTED_EARLY, ENDED_TWICE, ROUTING_GONE
     REPORT_WORDS: ClassVar[int] = 3
     STARTED_EARLY: ClassVar[int] = 1  # a step was sent while the one before the last was open
     ENDED_TWICE: ClassVar[int] = 2  # a step was combined that was not open
+    ROUTING_GONE: ClassVar[int] = 4  # a step followed a routing whose tables had been overwritten
 
     # Words in host memory, which host and kernels both read and write at any time.
     ALIVE: ClassVar[int] = 0  # written by the host: a bit for each rank that lives
     TOLD: ClassVar[int] = 1  # written by kernels: LOST, so that the host hears of it without asking the device
     HOST_WORDS: ClassVar[int] = 2
+
+    # Words of a routing: what later steps that follow it must know of the step that made it.
+    ROUTING_STEP: ClassVar[int] = 0
+    ROUTING_MASK: ClassVar[int] = 1
+    ROUTING_BLOCK: ClassVar[int] = 2  # where its tables lie
+    ROUTING_WORDS: ClassVar[int] = 3
+
+    #: The fewest rows that a contiguous combine announces at once.
+    CHUNK: ClassVar[int] = 16
+    #: Tokens that are counted at once by a contiguous dispatch.
+    BLOCK: ClassVar[int] = 128
 
     #: Bits of a table word that hold the local expert.
     EXPERT_BITS: ClassVar[int] = 10
@@ -155,8 +183,23 @@ class Layout:
 
     @cached_property
     def CAP(self) -> int:  # noqa: N802
-        """Rows of an expert's block in the masked layout."""
+        """Rows of an expert's block in the masked layout; the most that a rank can receive."""
         return self.R * self.M
+
+    @cached_property
+    def CAPACITY(self) -> int:  # noqa: N802
+        """Rows that a contiguous dispatch can put into a block."""
+        return self.R * self.M
+
+    @cached_property
+    def CHUNKS(self) -> int:  # noqa: N802
+        """Chunk flags of one source."""
+        return -(-self.M // self.CHUNK)
+
+    @cached_property
+    def BLOCKS(self) -> int:  # noqa: N802
+        """Blocks of tokens of one rank, at most."""
+        return -(-self.M // self.BLOCK)
 
     @cached_property
     def R_PAD(self) -> int:  # noqa: N802
@@ -177,55 +220,76 @@ class Layout:
         return self.H * self.itemsize
 
     @cached_property
-    def _areas(self) -> tuple[int, ...]:
-        """Starts of flags, headers, counts, table, weights, rows and sums, and the end."""
+    def _areas(self) -> dict[str, int]:
+        """First byte of each area, and of what follows the last."""
         slots = self.R * self.M
-        sizes = [
-            8 * self.PHASES * self.R,
-            8 * self.HEADER_WORDS * self.R,
-            4 * self.R * self.E_L,
-            4 * slots * self.K,
-            4 * slots * self.K,
-            slots * self.row_stride,
-            slots * self.sum_stride,
-        ]
-        starts = [0]
-        for size in sizes:
-            starts.append(_round_up(starts[-1] + size, _LINE))
-        return tuple(starts)
+        sizes = {
+            "flags": 8 * self.PHASES * self.R,
+            "headers": 8 * self.HEADER_WORDS * self.R,
+            "chunks": 8 * self.R * self.CHUNKS,
+            "matrix": 4 * self.R * (self.R + 1),
+            "counts": 4 * self.R * self.E_L,
+            "table": 8 * slots * self.K,
+            "weights": 4 * slots * self.K,
+            "source": 4 * slots,
+            "rows": slots * self.row_stride,
+            "sums": slots * self.sum_stride,
+        }
+        starts, end = {}, 0
+        for name, size in sizes.items():
+            starts[name] = end
+            end = _round_up(end + size, _LINE)
+        return {**starts, "end": end}
 
     @cached_property
     def flags(self) -> int:
-        return self._areas[0]
+        return self._areas["flags"]
 
     @cached_property
     def headers(self) -> int:
-        return self._areas[1]
+        return self._areas["headers"]
+
+    @cached_property
+    def chunks(self) -> int:
+        return self._areas["chunks"]
+
+    @cached_property
+    def matrix(self) -> int:
+        return self._areas["matrix"]
 
     @cached_property
     def counts(self) -> int:
-        return self._areas[2]
+        return self._areas["counts"]
 
     @cached_property
     def table(self) -> int:
-        return self._areas[3]
+        return self._areas["table"]
 
     @cached_property
     def weights(self) -> int:
-        return self._areas[4]
+        return self._areas["weights"]
+
+    @cached_property
+    def source(self) -> int:
+        return self._areas["source"]
 
     @cached_property
     def rows(self) -> int:
-        return self._areas[5]
+        return self._areas["rows"]
 
     @cached_property
     def sums(self) -> int:
-        return self._areas[6]
+        return self._areas["sums"]
+
+    @cached_property
+    def scales(self) -> int:
+        """Scales of contiguous FP8 rows, behind them."""
+        return self.rows + self.CAPACITY * self.H
 
     @cached_property
     def parity_bytes(self) -> int:
         """Bytes of one parity."""
-        return self._areas[7]
+        return self._areas["end"]
 
     @cached_property
     def region_bytes(self) -> int:

@@ -68,6 +68,15 @@ def find_device(device: torch.device) -> torch.device:
     return torch.device("cuda", index)
 
 
+def _check_device(device: torch.device, options: Options) -> torch.device:
+    """`find_device`, and whether the GPU has what the options ask for. Raises ConfigError."""
+    found = find_device(device)
+    processors = torch.cuda.get_device_properties(found).multi_processor_count
+    if options.num_sms is not None and options.num_sms > processors:
+        raise ConfigError(f"num_sms={options.num_sms}, but {found} has {processors} SMs; give 2 to {processors}")
+    return found
+
+
 def meet(config: Config, options: Options, bootstrap: Bootstrap, device: torch.device) -> GpuMeeting:
     """Build the group. Collective. Raises ConfigError, MoeA2AError or RankLost, on all ranks alike."""
     with ExitStack() as stack:
@@ -79,7 +88,7 @@ def meet(config: Config, options: Options, bootstrap: Bootstrap, device: torch.d
 def _meet(config: Config, options: Options, bootstrap: Bootstrap, device: torch.device, stack: ExitStack) -> GpuMeeting:
     rounds = Rounds(bootstrap, options.timeout_s)
     rank, world = bootstrap.rank, bootstrap.world_size
-    hellos = introduce(rounds, config, options, world, "cuda", lambda: find_device(device))
+    hellos = introduce(rounds, config, options, world, "cuda", lambda: _check_device(device, options))
     device = find_device(device)
     hosts = HostMap.from_labels([hello["host"] for hello in hellos])
     if len(hosts.ranks_of) > 1:

@@ -55,6 +55,8 @@ def describe_misuse(word: int) -> str:
         what.append("a step was dispatched, by a call or a replayed graph, while the one before the last was open")
     if word & Layout.ENDED_TWICE:
         what.append("a step was combined that had ended, by a graph that was replayed without its dispatch")
+    if word & Layout.ROUTING_GONE:
+        what.append("a step followed (like=) a routing that a later step, of another graph perhaps, had overwritten")
     return (
         f"{'; '.join(what)}: it sent nothing, and its result is lost. End each step of a channel before the next but "
         "one begins, replays included"

@@ -265,9 +265,6 @@ def _bad_input(ctx: Ctx, gpus: tuple[int, ...]) -> None:
     ):
         with pytest.raises(InputError, match=says):
             a2a.dispatch(*given)
-    for layout in ("contiguous", "grouped"):
-        with pytest.raises(InputError, match=f"layout='{layout}' is served by CPU ranks"):
-            a2a.dispatch(x, ids, weights, layout=layout)
     with pytest.raises(InputError, match="channel='b'"):
         a2a.dispatch(x, ids, weights, channel="b")
     with pytest.raises(InputError, match="out has shape"):

@@ -1,0 +1,325 @@
+"""Contiguous dispatch, second launch: store this rank's tokens straight into their final places.
+
+A token's row is loaded once and stored once for each rank that it goes to, this one included, at
+
+    rows that the ranks before this one send there + tokens before it that go there
+
+so that what a rank receives lies packed in (source rank, token) order, and nobody moves it again. Ids, weights and
+source numbers go by blocks of tokens, whose rows are neighbours there.
+
+Memory-ordering contract
+    Runs after contiguous_layout on the same stream. Waits for the LAYOUT flag of every rank in the handle's view
+    (acquire): a flag also says that its rank is done with the block that it wants its rows in. Stores rows, scales,
+    ids, weights and source numbers with plain stores; then the last program stores the row that it began with into the
+    header on each rank, meets at a CTA barrier, and raises one DISPATCH flag there, with system-scope release.
+
+Nobody may be missing
+    Ranks that disagree about who takes part would disagree about where rows lie. So a rank that misses anyone sends no
+    rows, and its flag says "excluded"; and contiguous_recv hands out rows only if no rank of the view is missing or
+    excluded, and all began where the receiver expects. A late rank's stores cannot spoil rows that are handed out: it
+    raises the flags that a later step waits for only after all its stores of this one. That holds for the ranks of a
+    view; a view that leaves a rank out must begin after that rank's process has ended.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from moe_a2a.gpu.layout import Layout, power_of_two_at_least
+from moe_a2a.gpu.routing import Routing
+from moe_a2a.kernels import casts
+from moe_a2a.kernels.bad_input import report_bad, report_bad_weights
+from moe_a2a.kernels.contiguous_layout import agreed, index_of, report_missing
+from moe_a2a.kernels.formats import QUANTISE, QUANTISE_POW2
+from moe_a2a.kernels.launch import launch, stages, warps
+from moe_a2a.kernels.signals import has_bit, is_last, pick, raise_flags, wait
+
+_WARPS = 32  # with one program an SM, all that can be in flight there comes from one program
+_QUANTISING_WARPS = 16  # registers for twice as many elements a thread
+_STAGES = 4  # work items of a program in flight: one is stored while the next are loaded
+_TILE = 8192  # words, or elements that are quantised, of a work item
+_PART = 512  # of them, of one row: 7168 columns of any kind are a multiple, so that no thread goes without
+_META = 32  # tokens whose ids and weights, or given scales, go at once
+_LOAD, _STORE = "", ""  # cache modifiers of rows
+_SMALLEST_AMAX = tl.constexpr(0x38D1B717)  # the bits of 1e-4
+
+
+@triton.jit
+def _row_pointers(base, place, BYTES: tl.constexpr, DTYPE: tl.constexpr):
+    """[n, 1] pointers to rows of BYTES, a multiple of 16; base: int64, a multiple of 16; place: int32 [n]."""
+    address = (base + place.to(tl.int64) * BYTES)[:, None]
+    return tl.multiple_of(address.to(tl.pointer_type(DTYPE)), [16, 16])
+
+
+@triton.jit
+def _send_words(
+    tile, part, x, hits, within, starts, first, to, tokens, rank, WORDS: tl.constexpr, ROWS: tl.constexpr,
+    PART: tl.constexpr, LOAD: tl.constexpr, STORE: tl.constexpr, L: tl.constexpr,
+):  # fmt: skip
+    """PART 4-byte words of each of ROWS rows, as they are."""
+    R: tl.constexpr = L.R
+    t = tile * ROWS + tl.arange(0, ROWS)
+    w = part * PART + tl.arange(0, PART)
+    inside = (t < tokens)[:, None] & (w < WORDS)[None, :]
+    words = tl.load(x + (t.to(tl.int64) * WORDS)[:, None] + w[None, :], mask=inside, cache_modifier=LOAD)
+    hit = tl.load(hits + t, mask=t < tokens, other=0)
+    for i in tl.static_range(R):
+        r = (rank + 1 + i) % R  # far ones first
+        place = pick(first, r, L) + index_of(t, t * 0 + r, within, starts, tokens, L)
+        row = _row_pointers(pick(to, r, L) + L.rows, place, WORDS * 4, tl.int32)
+        on = has_bit(hit, r) & (place < L.CAPACITY)
+        tl.store(row + w[None, :], words, mask=inside & on[:, None], cache_modifier=STORE)
+
+
+@triton.jit
+def _send_scales(
+    tile, scales, hits, within, starts, first, to, tokens, report, POW2: tl.constexpr, META: tl.constexpr,
+    L: tl.constexpr,
+):  # fmt: skip
+    """Given fp32 scales of META rows, as bits. Scales that cannot be used are reported."""
+    R: tl.constexpr = L.R
+    G_PAD: tl.constexpr = triton.next_power_of_2(L.G)
+    t = tile * META + tl.arange(0, META)
+    g = tl.arange(0, G_PAD)
+    inside = (t < tokens)[:, None] & (g < L.G)[None, :]
+    hit = tl.load(hits + t, mask=t < tokens, other=0)
+    bits = tl.load(scales + (t.to(tl.int64) * L.G)[:, None] + g[None, :], mask=inside, other=0x3F800000)
+    wrong = (bits <= 0) | (bits >= 0x7F800000)
+    if POW2:
+        wrong |= (bits & 0x7FFFFF) != 0
+    report_bad(wrong, t[:, None], t[:, None] * 0 + g[None, :], 2, bits, report, L)
+    for r in tl.static_range(R):
+        place = pick(first, r, L) + index_of(t, t * 0 + r, within, starts, tokens, L)
+        row = (pick(to, r, L) + L.scales) + place.to(tl.int64) * (L.G * 4)
+        on = has_bit(hit, r) & (place < L.CAPACITY)
+        tl.store(row.to(tl.pointer_type(tl.int32))[:, None] + g[None, :], bits, mask=inside & on[:, None])
+
+
+@triton.jit
+def _send_quantised(
+    tile, part, x, hits, within, starts, first, to, tokens, rank, report, POW2: tl.constexpr, ROWS: tl.constexpr,
+    PART: tl.constexpr, LOAD: tl.constexpr, STORE: tl.constexpr, L: tl.constexpr,
+):  # fmt: skip
+    """Quantise PART groups of 128 columns of each of ROWS rows, as moe_a2a.fp8 does. Scales that are not finite are
+    reported."""
+    R: tl.constexpr = L.R
+    line = tl.arange(0, ROWS * PART)  # a group of a row
+    t = tile * ROWS + line // PART
+    g = part * PART + line % PART
+    column = tl.arange(0, 128)
+    inside = (t < tokens) & (g < L.G)
+    source = x + (t.to(tl.int64) * L.H + g * 128)[:, None] + column[None, :]
+    value = tl.load(source, mask=inside[:, None], other=0.0, cache_modifier=LOAD).to(tl.float32)
+    hit = tl.load(hits + t, mask=t < tokens, other=0)
+    # Magnitudes as integers are in the same order, and NaN is the largest: a maximum of floats would drop it.
+    amax = tl.maximum(tl.max(value.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1), _SMALLEST_AMAX)
+    scale = tl.div_rn(amax.to(tl.float32, bitcast=True), 448.0)
+    if POW2:
+        scale = casts.power_of_two_at_least(scale)
+    q = casts.to_e4m3(casts.divide(value, scale[:, None], POW2))
+    for i in tl.static_range(R):
+        r = (rank + 1 + i) % R  # far ones first
+        place = pick(first, r, L) + index_of(t, t * 0 + r, within, starts, tokens, L)
+        on = inside & has_bit(hit, r) & (place < L.CAPACITY)
+        row = _row_pointers(pick(to, r, L) + L.rows, place * L.G + g, 128, tl.uint8)
+        tl.store(row + column[None, :], q, mask=on[:, None], cache_modifier=STORE)
+        at = (pick(to, r, L) + L.scales) + (place.to(tl.int64) * L.G + g) * 4
+        tl.store(at.to(tl.pointer_type(tl.float32)), scale, mask=on)
+    found = scale.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    report_bad(inside & (found >= 0x7F800000), t, g, 3, found, report, L)
+
+
+@triton.jit
+def _send_choices(
+    block, chosen, weights, hits, within, starts, first, to, tokens, rank, report, WEIGHTS: tl.constexpr,
+    LARGEST: tl.constexpr, META: tl.constexpr, L: tl.constexpr,
+):  # fmt: skip
+    """Local ids, weights and source numbers of META tokens."""
+    R: tl.constexpr = L.R
+    t = block * META + tl.arange(0, META)
+    k = tl.arange(0, L.K_PAD)
+    inside = (t < tokens)[:, None] & (k < L.K)[None, :]
+    hit = tl.load(hits + t, mask=t < tokens, other=0)
+    at = (t.to(tl.int64) * L.K)[:, None] + k[None, :]
+    own = tl.load(chosen + at, mask=inside, other=-1)
+    owner = tl.where(own >= 0, tl.maximum(own, 0) // L.E_L, -1)
+    if WEIGHTS:
+        weight = tl.load(weights + at, mask=inside, other=0.0)
+        report_bad_weights(weight, inside, t[:, None], t[:, None] * 0 + k[None, :], report, LARGEST, L)
+    for r in tl.static_range(R):
+        place = pick(first, r, L) + index_of(t, t * 0 + r, within, starts, tokens, L)
+        on = has_bit(hit, r) & (place < L.CAPACITY)
+        base = pick(to, r, L)
+        row = (place.to(tl.int64) * L.K)[:, None] + k[None, :]
+        here = inside & on[:, None]
+        local = tl.where(owner == r, own - r * L.E_L, -1).to(tl.int64)
+        tl.store((base + L.table).to(tl.pointer_type(tl.int64)) + row, local, mask=here)
+        if WEIGHTS:
+            tl.store(
+                (base + L.weights).to(tl.pointer_type(tl.float32)) + row, tl.where(owner == r, weight, 0.0), mask=here
+            )
+        tl.store((base + L.source).to(tl.pointer_type(tl.int32)) + place, rank * L.M + t, mask=on)
+
+
+@triton.jit
+def _tell_host(host, ticket, block, good, matrix, rank, EXPERTS: tl.constexpr, L: tl.constexpr):
+    """ticket << 32 | count, for the rows of each source and for each local expert: words that say for themselves that
+    they are of this step, so that they need no order."""
+    s = tl.arange(0, L.R_PAD)
+    mark = ticket.to(tl.int64) << 32
+    rows = tl.sum(tl.where(s[None, :] == rank, matrix, 0), 1)
+    tl.store(host + s, mark | rows.to(tl.int64), mask=s < L.R)
+    e = tl.arange(0, EXPERTS)
+    total = e * 0
+    counts = (block + L.counts).to(tl.pointer_type(tl.int32))
+    R: tl.constexpr = L.R
+    for source in tl.static_range(R):
+        total += tl.load(counts + source * L.E_L + e, mask=(e < L.E_L) & has_bit(good, source), other=0)
+    tl.store(host + L.R + e, mark | (total.to(tl.int64) & 0xFFFFFFFF), mask=e < L.E_L)
+
+
+@triton.jit(do_not_specialize=["tokens", "rank", "ticket"])
+def _contiguous_send(
+    x, weights, scales, region, peers, control, alive, live, handle, hits, within, starts, chosen, routing, host,
+    report, tokens, rank, ticket,
+    MODE: tl.constexpr, WEIGHTS: tl.constexpr, LARGEST: tl.constexpr, KNOWN: tl.constexpr, BITS: tl.constexpr,
+    WORDS: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr, META: tl.constexpr,
+    EXPERTS: tl.constexpr, STAGES: tl.constexpr, LOAD: tl.constexpr, STORE: tl.constexpr, L: tl.constexpr,
+    LANES: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    programs = tl.num_programs(0)
+    r = tl.arange(0, L.R_PAD)
+    bases = tl.load(peers + r, mask=r < L.R, other=0)
+    step = tl.load(handle + L.STEP)
+    want = tl.load(handle + L.VIEW_MASK)
+    before = tl.load(handle + L.MISSING)
+    epoch = tl.load(handle + L.VIEW_EPOCH)
+    followed = tl.load(routing + L.ROUTING_STEP)
+    block = (step & 1) * L.parity_bytes
+    mine = region.to(tl.int64) + block
+    arrived, excluded = wait(pid, mine, handle, control, alive, L.LAYOUT, want, step, L, LANES)
+    good, matrix = agreed(mine, arrived & ~excluded, step, epoch, followed, BITS, L)
+    first = tl.sum(tl.where((r < rank)[:, None], matrix, 0), 0)
+    wanted = (mine + L.matrix).to(tl.pointer_type(tl.int32)) + r * (L.R + 1) + L.R
+    in_block = tl.load(wanted, mask=(r < L.R) & has_bit(good, r.to(tl.int64)), other=0) & 1
+    to = bases + in_block.to(tl.int64) * L.parity_bytes
+    whole = (good == want) & (before == 0)
+    if pid == 0:
+        _tell_host(host, ticket, mine, good, matrix, rank, EXPERTS, L)
+        report_missing(want & ~good, want & ~good & ~excluded, rank, handle, live, alive, report, L)
+
+    count = tl.where(whole, tokens, 0)
+    if not KNOWN:
+        for number in range(pid, (count + META - 1) // META, programs):
+            _send_choices(
+                tl.full([], 0, tl.int32) + number, chosen, weights, hits, within, starts, first, to, tokens, rank,
+                report, WEIGHTS, LARGEST, META, L,
+            )  # fmt: skip
+    if MODE == 3 or MODE == 4:
+        for number in tl.range(pid, (count + META - 1) // META, programs, num_stages=2 if STAGES > 1 else 1):
+            tile = tl.full([], 0, tl.int32) + number
+            _send_scales(tile, scales, hits, within, starts, first, to, tokens, report, MODE == 4, META, L)
+    for number in tl.range(pid, (count + ROWS - 1) // ROWS * PARTS, programs, num_stages=STAGES):
+        item = tl.full([], 0, tl.int32) + number
+        tile, part = item // PARTS, item % PARTS
+        if MODE == 1 or MODE == 2:
+            _send_quantised(
+                tile, part, x, hits, within, starts, first, to, tokens, rank, report, MODE == 2, ROWS, PART, LOAD,
+                STORE, L,
+            )  # fmt: skip
+        else:
+            _send_words(
+                tile, part, x, hits, within, starts, first, to, tokens, rank, WORDS, ROWS, PART, LOAD, STORE, L
+            )  # fmt: skip
+
+    if is_last(live + (L.FINISHED + L.DISPATCH), programs):
+        on = (r < L.R) & has_bit(want, r.to(tl.int64))
+        header = (bases + block + L.headers + rank * (8 * L.HEADER_WORDS)).to(tl.pointer_type(tl.int64))
+        tl.store(header + L.HEADER_FIRST, first.to(tl.int64), mask=on)
+        tl.debug_barrier()
+        value = 2 * step + tl.where(whole, 0, 1) + (r * 0).to(tl.int64)
+        raise_flags(bases, block + L.flags + L.DISPATCH * L.R * 8, rank, value, want, L)
+
+
+def contiguous_send(
+    layout: Layout,
+    rank: int,
+    x: torch.Tensor,
+    weights: torch.Tensor | None,
+    scales: torch.Tensor | None,
+    mode: int,
+    bits: int,
+    known: bool,
+    ticket: int,
+    *,
+    largest_weight: float,
+    region: torch.Tensor,
+    peers: torch.Tensor,
+    control: torch.Tensor,
+    alive: torch.Tensor,
+    live: torch.Tensor,
+    handle: torch.Tensor,
+    routing: Routing,
+    host: torch.Tensor,
+    report: torch.Tensor,
+    programs: int,
+) -> None:
+    """Launch. x: [T, H], payload dtype, or FP8 for GIVEN; weights: fp32 [T, K] or None; scales: fp32 [T, H/128] for
+    GIVEN; known: ids and weights are there from an earlier step; ticket: a number of this dispatch, 31 bits;
+    largest_weight: beyond it weights are reported; host: int64 [R + E_l] of pinned memory; programs: the most to
+    launch, one for each SM. The others: `Layout`, `Routing`."""
+    quantise = mode in (QUANTISE, QUANTISE_POW2)
+    rows = x if quantise else x.view(torch.int32)
+    words = layout.H * x.element_size() // 4
+    threads = 32 * warps(_QUANTISING_WARPS if quantise else _WARPS, layout.R)
+    columns = layout.H if quantise else words
+    part = min(128 * power_of_two_at_least(layout.G) if quantise else power_of_two_at_least(words), _PART, _TILE)
+    rows_at_once, parts = _TILE // part, -(-columns // part)
+    launch(
+        _contiguous_send,
+        max(1, min(-(-x.shape[0] // rows_at_once) * parts, programs)),
+        (
+            rows,
+            weights if weights is not None else routing.words,
+            scales.view(torch.int32) if scales is not None else routing.words,
+            region,
+            peers,
+            control,
+            alive,
+            live,
+            handle,
+            routing.hits,
+            routing.within,
+            routing.starts,
+            routing.chosen,
+            routing.words,
+            host,
+            report,
+            x.shape[0],
+            rank,
+            ticket,
+        ),
+        (
+            mode,
+            weights is not None,
+            largest_weight,
+            known,
+            bits,
+            words,
+            rows_at_once,
+            part // 128 if quantise else part,
+            parts,
+            _META,
+            power_of_two_at_least(layout.E_L),
+            stages(_STAGES, 4 * _TILE, x.device),
+            _LOAD,
+            _STORE,
+            layout,
+            threads,
+        ),
+        (rows.dtype, torch.float32 if weights is not None else torch.int64),
+        num_warps=threads // 32,
+    )
