@@ -212,14 +212,15 @@ def _contiguous_send(
         report_missing(want & ~good, want & ~good & ~excluded, rank, handle, live, alive, report, L)
 
     count = tl.where(whole, tokens, 0)
+    FEW: tl.constexpr = 3 if STAGES > 3 else STAGES  # registers of three loops do not suffice for more
     if not KNOWN:
-        for number in range(pid, (count + META - 1) // META, programs):
+        for number in tl.range(pid, (count + META - 1) // META, programs, num_stages=FEW if MODE < 3 else 1):
             _send_choices(
                 tl.full([], 0, tl.int32) + number, chosen, weights, hits, within, starts, first, to, tokens, rank,
                 report, WEIGHTS, LARGEST, META, L,
             )  # fmt: skip
     if MODE == 3 or MODE == 4:
-        for number in tl.range(pid, (count + META - 1) // META, programs, num_stages=2 if STAGES > 1 else 1):
+        for number in tl.range(pid, (count + META - 1) // META, programs, num_stages=FEW):
             tile = tl.full([], 0, tl.int32) + number
             _send_scales(tile, scales, hits, within, starts, first, to, tokens, report, MODE == 4, META, L)
     for number in tl.range(pid, (count + ROWS - 1) // ROWS * PARTS, programs, num_stages=STAGES):

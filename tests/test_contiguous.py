@@ -31,6 +31,8 @@ from moe_a2a import reference as ref
 from moe_a2a.fp8 import ScaleFormat, pack_ue8m0, quantize
 from moe_a2a.gpu.contiguous_state import ContiguousHandle
 from moe_a2a.gpu.discard import discard_recv, discard_send
+from moe_a2a.gpu.masked import MaskedRank
+from moe_a2a.gpu.wait_times import add_wait_times
 from moe_a2a.step import Phase
 from moe_a2a.virtual import VirtualGroup
 from moe_a2a.workload import Inputs
@@ -568,6 +570,64 @@ def test_a_routing_whose_tables_are_gone_voids_the_step() -> None:
         d.handle.captured = True  # type: ignore[attr-defined]
     with pytest.raises(HandleError, match="both belong into the same graph, or outside of graphs"):
         group.dispatch(x, layout="contiguous", like=handles)
+
+
+def test_steps_of_a_graph_have_memory_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is captured here: the host only believes that it is."""
+    group = group_of(2, hidden=640)
+    steps = ContiguousSteps(group)
+    eager = steps.inputs([5, 3])
+    opened = steps.dispatch(eager)  # step 1, in block 1
+
+    def capturing(yes: bool) -> None:
+        monkeypatch.setattr(MaskedRank, "_is_capturing", lambda self: yes)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: yes)
+
+    capturing(True)
+    for rank in group.ranks:
+        rank._channels[0].captured.calls = 1
+    inputs = make_inputs(group.config, 9, 0, [4, 5])
+    x, ids, weights = [i.x for i in inputs], [i.topk_ids for i in inputs], [i.topk_weights for i in inputs]
+    got = group.dispatch(x, ids, weights, layout="contiguous", fp8="ue8m0")  # step 2, in block 0
+    check_dispatch(group, inputs, got, "ue8m0")
+    with pytest.raises(InputError, match="waits for counts, which a CUDA graph's capture cannot"):
+        group.contiguous[0].counts_on_host(got[0].handle)  # type: ignore[arg-type]
+    with pytest.raises(HandleError, match="this call is in a CUDA graph's capture; both belong into the same graph"):
+        group.dispatch(x, layout="contiguous", like=[d.handle for d in opened])
+    steps.combine(inputs, got)
+    capturing(False)
+    check_dispatch(group, eager, opened)
+    steps.number = 1
+    steps.combine(eager, opened)
+    capturing(True)
+    again = group.dispatch(x, layout="contiguous", like=[d.handle for d in got])
+    check_dispatch(group, inputs, again)
+    capturing(False)
+    with pytest.raises(HandleError, match="in a CUDA graph's capture; its other calls belong into a capture too"):
+        group.contiguous[0].combine(x[0], again[0].handle)
+    capturing(True)
+    steps.combine(inputs, again)
+    capturing(False)
+    steps.step([2, 5])
+    group.check()
+
+
+def test_waits_of_contiguous_steps_can_be_measured() -> None:
+    group = group_of(2, timeout_s=0.2)
+    steps = ContiguousSteps(group)
+    inputs = steps.inputs([5, 3])
+    x, ids = [i.x for i in inputs], [i.topk_ids for i in inputs]
+    handles = group.dispatch_send(x, ids, layout="contiguous")
+    times = [torch.zeros(2, dtype=torch.int64) for _ in range(2)]
+    for rank, handle, into in zip(group.ranks, handles, times, strict=True):
+        add_wait_times(rank, handle, into)
+    got = group.contiguous_recv(handles)
+    assert all((into > 0).all() and (into < 200_000_000).all() for into in times)
+    first = [into.clone() for into in times]
+    add_wait_times(group.ranks[0], handles[0], times[0])
+    group.contiguous[0].combine(got[0].x, handles[0])  # rank 1 does not combine
+    assert times[0][0] > first[0][0] and times[0][1] - first[0][1] >= 200_000_000
+    assert group.ranks[0].missing(handles[0]) == [1]
 
 
 def test_weights_and_hidden_states_that_cannot_be_used_are_reported() -> None:

@@ -91,6 +91,8 @@ class GpuBackend:
         by_source: bool,
     ) -> Dispatched:
         if layout != "masked":
+            if host_counts and torch.cuda.is_current_stream_capturing():
+                raise InputError("host_counts=True waits for counts, which a CUDA graph's capture cannot; leave it out")
             if out is not None:
                 quantised = fp8 is not None or (isinstance(x, torch.Tensor) and x.dtype == FP8)
                 most = self._layout.CAPACITY if layout == "contiguous" else self.grouped.worst_case(alignment)

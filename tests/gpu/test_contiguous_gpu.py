@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from typing import Any
 
 import pytest
@@ -12,7 +13,18 @@ from ranks import Ctx, run_ranks
 from torch import Tensor
 from virtual_steps import Steps, bits, make_inputs
 
-from moe_a2a import AllToAll, Config, ConfigError, Contiguous, Grouped, Handle, HandleError, InputError, Options
+from moe_a2a import (
+    AllToAll,
+    Config,
+    ConfigError,
+    Contiguous,
+    Grouped,
+    Handle,
+    HandleError,
+    InputError,
+    Options,
+    RankLost,
+)
 from moe_a2a import reference as ref
 from moe_a2a.fp8 import ScaleFormat
 from moe_a2a.gpu.layout import Layout
@@ -363,3 +375,77 @@ def _graphs(ctx: Ctx, gpus: tuple[int, ...], turns: int) -> None:
 @pytest.mark.parametrize("gpus", PLACES)
 def test_graphs_of_different_sizes_share_buffers_and_meet_in_one_step(gpus: tuple[int, ...]) -> None:
     run_ranks(_graphs, len(gpus), gpus, 40 if len(gpus) == 2 else 20, timeout=500)
+
+
+def _known_in_a_graph(ctx: Ctx, gpus: tuple[int, ...]) -> None:
+    """A graph with a step and one that follows it, replayed among other steps."""
+    member = Member(ctx, gpus, SMALL)
+    tokens = [97 * (r + 1) % 301 for r in range(ctx.world)]
+    inputs = member.inputs(0, tokens, holes=0.2)
+    first = member.step(inputs, 0)  # compiles
+    member.step(inputs, 0, like=first.handle)
+    x, ids, weights = member.mine(inputs)
+    later = torch.zeros_like(x)
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        got = member.a2a.dispatch(x, ids, weights, layout="contiguous")
+        member.a2a.combine(got.x, got.handle)
+        again = member.a2a.dispatch(later, layout="contiguous", like=got.handle)
+        y = again.x.clone()
+        out = member.a2a.combine(y, again.handle)
+    for turn in range(6):
+        fresh, moved = (member.inputs(seed + turn, tokens, holes=0.2) for seed in (100, 200))
+        both = [Inputs(m.x, f.topk_ids, f.topk_weights) for f, m in zip(fresh, moved, strict=True)]
+        for static, new in zip((x, ids, weights), member.mine(fresh), strict=True):
+            static.copy_(new)
+        later.copy_(both[ctx.rank].x)
+        graph.replay()
+        member.check_got(fresh, got)
+        member.check_got(both, again)
+        owner = torch.where(fresh[ctx.rank].topk_ids >= 0, fresh[ctx.rank].topk_ids // member.group.layout.E_L, -1)
+        ranks = sum((owner == r).any(dim=1, keepdim=True).float() for r in range(ctx.world))
+        assert torch.equal(out.cpu(), (both[ctx.rank].x.float() * ranks).to(torch.bfloat16))
+        for _ in range(turn % 3):
+            member.step(member.inputs(turn, [turn] * ctx.world), turn)
+    member.end()
+
+
+@pytest.mark.parametrize("gpus", PLACES)
+def test_a_routing_is_used_again_within_a_graph(gpus: tuple[int, ...]) -> None:
+    run_ranks(_known_in_a_graph, len(gpus), gpus, timeout=500)
+
+
+def _hang(ctx: Ctx, gpus: tuple[int, ...], budget_s: float) -> None:
+    """Rank 0 makes no more steps."""
+    member = Member(ctx, gpus, SMALL, timeout_s=budget_s)
+    inputs = member.inputs(0, [9] * ctx.world)
+    for _ in range(2):
+        got = member.step(inputs, 0)
+    assert member.a2a.missing(got.handle) == []
+    ctx.barrier("all is well")
+    if ctx.rank == 0:
+        ctx.store.wait(["told"])
+        member.a2a.close()
+        return
+    x, ids, weights = member.mine(inputs)
+    torch.cuda.synchronize()
+    started = time.monotonic()
+    got = member.a2a.dispatch(x, ids, weights, layout="contiguous")
+    assert rows_of(got) == 0
+    out = member.a2a.combine(torch.zeros_like(got.x), got.handle)
+    torch.cuda.synchronize()
+    took = time.monotonic() - started
+    assert budget_s * 0.9 < took < budget_s * 1.7, took
+    assert (out == 0).all() and (got.topk_ids == -1).all()
+    assert member.a2a.missing(got.handle) == [0]
+    time.sleep(0.2)
+    with pytest.raises(RankLost) as caught:
+        member.a2a.dispatch(x, ids, weights, layout="contiguous")
+    assert caught.value.ranks == (0,)
+    ctx.store.set("told", "1")
+    member.a2a.close()
+
+
+def test_a_rank_that_hangs_costs_one_budget_and_is_named() -> None:
+    run_ranks(_hang, 2, (0, GPUS - 1), 2.0)
