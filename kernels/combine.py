@@ -2,8 +2,10 @@
 
 Memory-ordering contract
     That of the two kernels. Programs start in the order of their numbers, and those that send wait for nobody but, if
-    the weights come on their own, the peers' weights: they end, whatever the others do. The two halves share nothing
-    but the handle, which an earlier launch has written.
+    the weights come on their own, the peers' weights: they end, whatever the others do. The halves meet in two words
+    only. OPEN: the receiving half closes the step when it has this rank's own flag, which the sending half raises after
+    its last look. EXPECTED: it loses ranks whose weights did not come, perhaps after some receiving programs have read
+    it; the step is faulted then, and what these ranks still send may be in parts of its result.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def _dispatch(
         until_sent(handle, L, LANES)
         receive_tokens(
             pid - senders, tl.num_programs(0) - senders, x, scales, counts, source, ranges, region, control,
-            alive, live, handle, places, report, rank, BITS, SCALES, BY_SOURCE, OUT_WORDS, BLOCK, EXPERTS, L, LANES,
+            alive, live, handle, places, report, BITS, SCALES, BY_SOURCE, OUT_WORDS, BLOCK, EXPERTS, L, LANES,
         )  # fmt: skip
 
 

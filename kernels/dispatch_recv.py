@@ -68,7 +68,7 @@ def _copy_scales(
 
 @triton.jit
 def receive_tokens(
-    pid, programs, x, scales, counts, source, ranges, region, control, alive, live, handle, places, report, rank,
+    pid, programs, x, scales, counts, source, ranges, region, control, alive, live, handle, places, report,
     BITS: tl.constexpr, SCALES: tl.constexpr, BY_SOURCE: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr,
     EXPERTS: tl.constexpr, L: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
@@ -138,21 +138,20 @@ def receive_tokens(
             record_missing(want & ~good, handle, live, alive, report, L)
 
 
-@triton.jit(do_not_specialize=["rank"])
+@triton.jit
 def _dispatch_recv(
-    x, scales, counts, source, ranges, region, control, alive, live, handle, places, report, rank,
+    x, scales, counts, source, ranges, region, control, alive, live, handle, places, report,
     BITS: tl.constexpr, SCALES: tl.constexpr, BY_SOURCE: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr,
     EXPERTS: tl.constexpr, L: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     receive_tokens(
         tl.program_id(0), tl.num_programs(0), x, scales, counts, source, ranges, region, control, alive, live, handle,
-        places, report, rank, BITS, SCALES, BY_SOURCE, WORDS, BLOCK, EXPERTS, L, LANES,
+        places, report, BITS, SCALES, BY_SOURCE, WORDS, BLOCK, EXPERTS, L, LANES,
     )  # fmt: skip
 
 
 def dispatch_recv(
     layout: Layout,
-    rank: int,
     x: torch.Tensor,
     scales: torch.Tensor | None,
     counts: torch.Tensor,
@@ -190,7 +189,6 @@ def dispatch_recv(
             handle,
             places,
             report,
-            rank,
         ),
     )
 

@@ -43,9 +43,10 @@ class Ctx:
         options.setdefault("host", self.host)
         return AllToAll(config, store=self.store, rank=self.rank, world_size=self.world, options=Options(**options))
 
-    def barrier(self, name: str) -> None:
+    def barrier(self, name: str, ranks: int | None = None) -> None:
+        """Of all ranks, or of the first so many."""
         self.store.set(f"barrier/{name}/{self.rank}", "1")
-        self.store.wait([f"barrier/{name}/{r}" for r in range(self.world)])
+        self.store.wait([f"barrier/{name}/{r}" for r in range(self.world if ranks is None else ranks)])
 
 
 #: Once a rank has failed the others get this long, to fail too or to end.

@@ -18,6 +18,7 @@ from moe_a2a.config import DEFAULT_SMS, Config, Options
 from moe_a2a.errors import HandleError, InputError, RankLost
 from moe_a2a.fp8 import FP8, ScaleFormat
 from moe_a2a.gpu import inputs
+from moe_a2a.gpu.budget import Budget
 from moe_a2a.gpu.contiguous_state import ContiguousHandle
 from moe_a2a.gpu.handle import GpuHandle
 from moe_a2a.gpu.layout import Layout as Places
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
 
 #: How often reports are copied: every so many steps, and after so long. A copy costs a launch.
 _REPORT_STEPS, _REPORT_S = 32, 0.05
-#: Added to the budget of waits for ranks that may be compiling the same kernels.
-_COMPILE_S = 120.0
 _ALREADY = nullcontext()
 
 
@@ -70,8 +69,8 @@ class GpuBackend:
             torch.cuda.synchronize()
         self._news = memoryview(self._seen.numpy().data)
         self._since, self._copied = 0, time.monotonic()
-        self._compiled: set[tuple[object, ...]] = set()
-        self._compiling: GpuHandle | None = None
+        self._budget = Budget(self.rank.control[Places.BUDGET_NS], options.timeout_s)
+        self.rank.before_launch = self._budget.before_launch
         self._mask: Mask | None = None
 
     # dispatch
@@ -109,11 +108,9 @@ class GpuBackend:
         ids = _masked_ids(topk_ids, like, host_counts)
         self._ready()
         with self._current():
-            got = self.rank.dispatch(
+            return self.rank.dispatch(
                 x, ids, topk_weights, scales=scales, fp8=fp8, channel=channel, out=out, by_source=by_source
             )
-            self._sent(got.handle)
-        return got
 
     def dispatch_send(
         self,
@@ -137,7 +134,6 @@ class GpuBackend:
                     x, topk_ids, topk_weights, scales=scales, fp8=fp8, channel=channel, like=like
                 )
                 handle.layout = layout
-            self._sent(handle)
         return handle
 
     def reserve(self, handle: Handle, by_source: bool, out: torch.Tensor | None) -> Masked:
@@ -280,9 +276,7 @@ class GpuBackend:
 
     def _ended(self, handle: Handle) -> None:
         """A step's last launch is out."""
-        if handle is self._compiling:
-            self._set_budget(self.options.timeout_s)
-            self._compiling = None
+        self._budget.ended(handle)
         self._since += 1
         late = self._since >= _REPORT_STEPS or time.monotonic() - self._copied > _REPORT_S
         if (late or (self._peers.lost and self._mask is None)) and not torch.cuda.is_current_stream_capturing():
@@ -315,18 +309,6 @@ class GpuBackend:
         if handle._owner is not self.rank:
             raise HandleError("this handle belongs to another AllToAll; use it with the object that made it")
         return handle
-
-    def _sent(self, handle: Handle) -> None:
-        """A step of a kind that this rank has not made before may meet ranks that are still compiling its kernels."""
-        assert isinstance(handle, GpuHandle)
-        kind = (handle.bits, handle.has_weights, isinstance(handle, ContiguousHandle) and handle.known)
-        if kind not in self._compiled and not torch.cuda.is_current_stream_capturing():
-            self._compiled.add(kind)
-            self._compiling = handle
-            self._set_budget(self.options.timeout_s + _COMPILE_S)
-
-    def _set_budget(self, seconds: float) -> None:
-        self.rank.control[Places.BUDGET_NS].fill_(int(seconds * 1e9))
 
     # life
 

@@ -83,7 +83,8 @@ class ContiguousRank:
                 raise InputError("topk_ids is None; give them, or like= with the handle of a step of the same routing")
             shape = (tokens, self.config.top_k)
             ids = inputs.check_tensor("topk_ids", topk_ids, shape, (torch.int32, torch.int64), self.device)
-            weights = base._weights(topk_weights, tokens)
+            if topk_weights is not None:
+                weights = inputs.check_weights(self.config, topk_weights, tokens, self.device)
             base._check_free(turns)
             routing = Routing.empty(layout, self.device) if captured else extra.free_routing(turns.open)
         else:
@@ -103,6 +104,8 @@ class ContiguousRank:
         bits = header_bits(mode, weights is not None, contiguous=True)
         sent = Sent(rows, weights, given, mode, like is not None, tables)
         handle = ContiguousHandle(base, name, turns, captured, slot, bits, fp8, sent, routing)
+        ids_dtype = None if ids is None else ids.dtype
+        base.before_launch(handle, ("contiguous", mode, fp8, ids_dtype, weights is not None))
         contiguous_layout(
             layout,
             base.rank,
@@ -292,6 +295,7 @@ class ContiguousRank:
         receivers: int,
         split: bool,
     ) -> None:
+        self.base.before_launch(mine, ("contiguous combine", split))
         contiguous_combine(
             self.layout,
             self.base.rank,

@@ -22,6 +22,7 @@ def discard_send(rank: MaskedRank, handle: Handle) -> None:
     mine, state = rank._step(handle, Phase.RECEIVED if received else Phase.SENT)
     layout = rank.layout
     mine.slot.handle[layout.RECEIVED : layout.ROWS + 1].zero_()
+    rank.before_launch(mine, "discard")
     combine_send(
         layout,
         rank.rank,

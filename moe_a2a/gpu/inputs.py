@@ -9,6 +9,11 @@ import torch
 from moe_a2a.config import Config
 from moe_a2a.errors import InputError
 from moe_a2a.fp8 import FP8, SCALE_FORMATS, ScaleFormat
+from moe_a2a.gpu.layout import Layout
+from moe_a2a.kernels.formats import COPY, GIVEN, GIVEN_POW2, QUANTISE, QUANTISE_POW2
+
+#: Rows, ids, router weights, scales.
+Brought = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
 
 def check_tensor(
@@ -76,3 +81,35 @@ def check_scales(config: Config, x: torch.Tensor, scales: object, device: torch.
             f"scales belong to an x that is float8_e4m3fn; x is {x.dtype}: leave scales out, and give fp8= to quantise"
         )
     return None
+
+
+def check_weights(config: Config, weights: object, tokens: int, device: torch.device) -> torch.Tensor:
+    """Router weights: fp32 [T, K]."""
+    return check_tensor("topk_weights", weights, (tokens, config.top_k), (torch.float32,), device)
+
+
+def check_brought(
+    config: Config,
+    layout: Layout,
+    device: torch.device,
+    x: object,
+    topk_ids: object,
+    topk_weights: object,
+    scales: object,
+    fp8: ScaleFormat | None,
+) -> tuple[Brought, int, ScaleFormat | None]:
+    """All that a dispatch brings. Returns (it, the mode in which rows are sent, the form in which scales are handed
+    out)."""
+    rows = check_tokens(config, x, fp8, device)
+    given = check_scales(config, rows, scales, device)
+    tokens = rows.shape[0]
+    ids = check_tensor("topk_ids", topk_ids, (tokens, config.top_k), (torch.int32, torch.int64), device)
+    weights = None if topk_weights is None else check_weights(config, topk_weights, tokens, device)
+    if given is not None:
+        fp8 = fp8 or "fp32"
+        mode = GIVEN if fp8 == "fp32" else GIVEN_POW2
+    else:
+        mode = COPY if fp8 is None else QUANTISE if fp8 == "fp32" else QUANTISE_POW2
+    if mode == COPY and layout.fp8_only:
+        raise InputError("this group's buffers hold FP8 rows only; give fp8='fp32', 'pow2' or 'ue8m0'")
+    return (rows, ids, weights, given), mode, fp8

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
 
 from moe_a2a.config import Config
 from moe_a2a.errors import HandleError, InputError, RankLost
-from moe_a2a.fp8 import FP8, ScaleFormat, scale_columns
+from moe_a2a.fp8 import FP8, ScaleFormat
 from moe_a2a.gpu import inputs
-from moe_a2a.gpu.handle import Channel, GpuHandle, Output, Slot, Turns
+from moe_a2a.gpu.handle import Channel, GpuHandle, Slot, Turns
 from moe_a2a.gpu.layout import SLOTS, Layout
+from moe_a2a.gpu.outputs import Outputs
 from moe_a2a.gpu.report import NO_BAD_INPUT, NOTHING, describe_bad_input, describe_misuse, ranks_of
 from moe_a2a.kernels.combine import combine
 from moe_a2a.kernels.combine_recv import combine_recv
@@ -20,14 +21,12 @@ from moe_a2a.kernels.combine_send import combine_send
 from moe_a2a.kernels.dispatch import dispatch
 from moe_a2a.kernels.dispatch_recv import dispatch_recv
 from moe_a2a.kernels.dispatch_send import dispatch_send
-from moe_a2a.kernels.formats import COPY, GIVEN, GIVEN_POW2, QUANTISE, QUANTISE_POW2, header_bits
+from moe_a2a.kernels.formats import header_bits
 from moe_a2a.kernels.weights_push import weights_push
 from moe_a2a.step import Phase
 from moe_a2a.types import Handle, Masked
 
 _NEVER = 1 << 62
-#: Rows, ids, router weights, scales.
-_Brought = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
 
 class MaskedRank:
@@ -54,11 +53,13 @@ class MaskedRank:
         self.config, self.layout, self.rank = config, layout, rank
         self.device = regions[0].device
         self._alive, self._processors = alive, processors
-        self._shape = (layout.E_L, layout.CAP, layout.H)  # of a result's rows
+        self._outputs = Outputs(layout, config.dtype, self.device)
         words = [0] * layout.CONTROL_WORDS
         words[layout.EPOCH], words[layout.INCARNATION] = 1, 1
         words[layout.MASK], words[layout.NEXT_STEP] = (1 << layout.R) - 1, _NEVER
         words[layout.BUDGET_NS] = int(timeout_s * 1e9)
+        #: Called before the launches that other ranks wait for, with what tells their compiled kernels apart.
+        self.before_launch: Callable[[GpuHandle, Hashable], None] = lambda handle, kind: None
         self.control = self._words(words)
         self.report = self._words(list(NOTHING))
         self._largest_weight = torch.finfo(config.dtype).max
@@ -90,7 +91,7 @@ class MaskedRank:
         """Launch the sending half of a step. Arguments as `AllToAll.dispatch_send`, on this rank's device; they must
         stay unchanged until the launch has run. Wrong ids are reported by `check`. Raises InputError, HandleError."""
         brought, mode, handle, state = self._begin(
-            x, topk_ids, topk_weights, scales, fp8, channel, self._is_capturing()
+            x, topk_ids, topk_weights, scales, fp8, channel, self._is_capturing(), None
         )
         dispatch_send(
             self.layout,
@@ -122,13 +123,13 @@ class MaskedRank:
         """`dispatch_send` and `dispatch_recv`, in one launch unless a graph is captured. by_source: see `reserve`. Not
         for virtual ranks. Raises InputError, HandleError, before anything is sent."""
         if out is not None:
-            out = self._check_out(out, fp8 is not None or (isinstance(x, torch.Tensor) and x.dtype == FP8))
+            out = self._outputs.check_rows(out, fp8 is not None or (isinstance(x, torch.Tensor) and x.dtype == FP8))
         if self._is_capturing():  # two launches are quicker there: see kernels/dispatch.py
             sent = self.dispatch_send(x, topk_ids, topk_weights, scales=scales, fp8=fp8, channel=channel)
             self.reserve(sent, by_source=by_source, out=out)
             return self.dispatch_recv(sent)
-        brought, mode, handle, state = self._begin(x, topk_ids, topk_weights, scales, fp8, channel, False)
-        got = self._result(state, handle, out, by_source)
+        brought, mode, handle, state = self._begin(x, topk_ids, topk_weights, scales, fp8, channel, False, by_source)
+        got = self._outputs.masked(state, handle, out, by_source)
         dispatch(
             self.layout,
             self.rank,
@@ -157,20 +158,16 @@ class MaskedRank:
         fp8: ScaleFormat | None,
         channel: str | None,
         captured: bool,
-    ) -> tuple[_Brought, int, GpuHandle, Channel]:
-        """Open a step. Returns (what it brings, how rows are sent, its handle, its channel)."""
-        rows = inputs.check_tokens(self.config, x, fp8, self.device)
-        given = inputs.check_scales(self.config, rows, scales, self.device)
-        tokens, top_k = rows.shape[0], self.config.top_k
-        ids = inputs.check_tensor("topk_ids", topk_ids, (tokens, top_k), (torch.int32, torch.int64), self.device)
-        weights = self._weights(topk_weights, tokens)
-        if given is not None:
-            fp8 = fp8 or "fp32"
-            mode = GIVEN if fp8 == "fp32" else GIVEN_POW2
-        else:
-            mode = COPY if fp8 is None else QUANTISE if fp8 == "fp32" else QUANTISE_POW2
-        if mode == COPY and self.layout.fp8_only:
-            raise InputError("this group's buffers hold FP8 rows only; give fp8='fp32', 'pow2' or 'ue8m0'")
+        origins: bool | None,
+    ) -> tuple[inputs.Brought, int, GpuHandle, Channel]:
+        """Open a step. origins: `by_source` of a dispatch in one launch; None: in two launches.
+
+        Returns (what it brings, how rows are sent, its handle, its channel).
+        """
+        brought, mode, fp8 = inputs.check_brought(
+            self.config, self.layout, self.device, x, topk_ids, topk_weights, scales, fp8
+        )
+        rows, ids, weights, _ = brought
         self._check_device()
         state = self._channels[self._index(channel)]
         turns = state.captured if captured else state.eager
@@ -181,17 +178,18 @@ class MaskedRank:
         slot = Slot.empty(self.layout, self.device, True) if captured else state.slots[turns.calls % SLOTS]
         bits = header_bits(mode, weights is not None)
         name = channel or self.config.channels[0]
-        handle = GpuHandle(self, name, turns, captured, slot, tokens, bits, fp8, weights is not None)
+        handle = GpuHandle(self, name, turns, captured, slot, rows.shape[0], bits, fp8, weights is not None)
         turns.open.append(handle)
-        return (rows, ids, weights, given), mode, handle, state
+        self.before_launch(handle, (mode, fp8, ids.dtype, weights is not None, origins))
+        return brought, mode, handle, state
 
     def reserve(self, handle: Handle, *, by_source: bool = False, out: torch.Tensor | None = None) -> Masked:
         """The tensors that `dispatch_recv` of this step will fill: see `AllToAll.reserve`. Launches nothing. Raises
         InputError, HandleError."""
         mine, state = self._step(handle, Phase.SENT)
         if out is not None:
-            out = self._check_out(out, mine._fp8 is not None)
-        mine._reserved = self._result(state, mine, out, by_source)
+            out = self._outputs.check_rows(out, mine._fp8 is not None)
+        mine._reserved = self._outputs.masked(state, mine, out, by_source)
         return mine._reserved
 
     def dispatch_recv(self, handle: Handle, *, out: torch.Tensor | None = None) -> Masked:
@@ -200,15 +198,14 @@ class MaskedRank:
         got = mine._reserved
         if got is None:
             if out is not None:
-                out = self._check_out(out, mine._fp8 is not None)
-            got = self._result(state, mine, out, False)
+                out = self._outputs.check_rows(out, mine._fp8 is not None)
+            got = self._outputs.masked(state, mine, out, False)
         else:
             mine._reserved = None  # the result holds its handle: not a circle that keeps both alive
         if mine.wait_times is not None:
             self._watch(mine, self.layout.DISPATCH)
         dispatch_recv(
             self.layout,
-            self.rank,
             got.x,
             got.scales,
             got.counts,
@@ -234,13 +231,14 @@ class MaskedRank:
         """`weights_push` if there are weights, and `combine_send` and `combine_recv` in one launch. Not for virtual
         ranks. Raises InputError, HandleError."""
         mine, state = self._step(handle, Phase.RECEIVED)
-        rows, result = self._check_outputs(y), self._sums(mine, out)
+        rows, result = self._outputs.check_experts(y), self._outputs.sums(mine.tokens, out)
         if topk_weights is not None:
             self.weights_push(mine, topk_weights)
         self._check_weighted(mine)
         if mine.wait_times is not None:  # in one launch there is no place for another in front of each wait
             self.combine_send(y, mine)
             return self.combine_recv(mine, out=result)
+        self.before_launch(mine, ("combine", mine.has_weights))
         combine(
             self.layout,
             self.rank,
@@ -262,8 +260,8 @@ class MaskedRank:
         mine, state = self._step(handle, Phase.RECEIVED)
         if mine.has_weights:
             raise InputError("topk_weights were given at dispatch; give them once, there or here")
-        weights = self._weights(topk_weights, mine.tokens)
-        assert weights is not None
+        weights = inputs.check_weights(self.config, topk_weights, mine.tokens, self.device)
+        self.before_launch(mine, "weights")
         weights_push(
             self.layout,
             self.rank,
@@ -281,10 +279,11 @@ class MaskedRank:
         """Launch the reduction of the experts' outputs and the way back. y: [E_l, R*M, H] of config.dtype. Raises
         InputError, HandleError."""
         mine, state = self._step(handle, Phase.RECEIVED)
-        rows = self._check_outputs(y)
+        rows = self._outputs.check_experts(y)
         self._check_weighted(mine)
         if mine.wait_times is not None and mine.pushed:
             self._watch(mine, self.layout.WEIGHTS)
+        self.before_launch(mine, ("combine_send", mine.has_weights))
         combine_send(
             self.layout,
             self.rank,
@@ -300,7 +299,7 @@ class MaskedRank:
         """Launch the sum over ranks; ends the step. Returns [T, H] of config.dtype, in `out` if given. Raises
         InputError, HandleError."""
         mine, state = self._step(handle, Phase.COMBINING)
-        result = self._sums(mine, out)
+        result = self._outputs.sums(mine.tokens, out)
         if mine.wait_times is not None:
             self._watch(mine, self.layout.COMBINE)
         combine_recv(
@@ -345,23 +344,9 @@ class MaskedRank:
 
         watch(self, mine, phase)
 
-    def _check_out(self, out: torch.Tensor, quantised: bool) -> torch.Tensor:
-        dtype = FP8 if quantised else self.config.dtype
-        return inputs.check_tensor("out", out, self._shape, (dtype,), self.device)
-
-    def _check_outputs(self, y: torch.Tensor) -> torch.Tensor:
-        return inputs.check_tensor("y", y, self._shape, (self.config.dtype,), self.device)
-
     def _check_weighted(self, mine: GpuHandle) -> None:
         if not (mine.has_weights or mine.pushed):
             raise InputError("topk_weights were not given at dispatch; give them here, fp32 [T, K]")
-
-    def _sums(self, mine: GpuHandle, out: torch.Tensor | None) -> torch.Tensor:
-        """Storage of combine's result: `out`, once it is checked."""
-        shape = (mine.tokens, self.layout.H)
-        if out is None:
-            return torch.empty(shape, dtype=self.config.dtype, device=self.device)
-        return inputs.check_tensor("out", out, shape, (self.config.dtype,), self.device)
 
     def _waiting(self, mine: GpuHandle, state: Channel) -> dict[str, Any]:
         """What every kernel takes that may have to wait for peers."""
@@ -410,47 +395,3 @@ class MaskedRank:
             raise HandleError(f"{handle!r}, in a CUDA graph's capture; its other calls belong into a capture too")
         self._check_device()
         return handle, self._channels[self.config.channels.index(handle.channel)]
-
-    def _weights(self, weights: torch.Tensor | None, tokens: int) -> torch.Tensor | None:
-        if weights is None:
-            return None
-        return inputs.check_tensor("topk_weights", weights, (tokens, self.config.top_k), (torch.float32,), self.device)
-
-    def _result(self, state: Channel, handle: GpuHandle, out: torch.Tensor | None, by_source: bool) -> Masked:
-        """A result's storage, the same at every second dispatch of the channel; in a graph, the graph's own."""
-        rows = out is None  # x is large, and made only if it is asked for
-        if handle.captured:
-            found = self._allocate(handle._fp8, rows)
-        else:
-            key = (handle.call % SLOTS, handle._fp8)
-            cached = state.outputs.get(key)
-            if cached is None:
-                cached = state.outputs[key] = self._allocate(handle._fp8, rows)
-            elif rows and not cached.x.numel():
-                cached.x = cached.x.new_empty(self._shape)
-            found = cached
-        if by_source and found.ranges is None:
-            found.ranges = torch.empty((self.layout.E_L, self.layout.R), dtype=torch.int64, device=self.device)
-        return Masked(
-            found.x if out is None else out,
-            found.counts,
-            found.source,
-            found.scales,
-            handle,
-            found.ranges if by_source else None,
-        )
-
-    def _allocate(self, fp8: ScaleFormat | None, rows: bool) -> Output:
-        layout, scales = self.layout, None
-        if fp8 is not None:
-            width, form = scale_columns(layout.H, fp8)
-            storage = torch.empty((layout.E_L, width, layout.CAP), dtype=form, device=self.device)
-            scales = storage.transpose(1, 2)
-        return Output(
-            torch.empty(
-                self._shape if rows else 0, dtype=self.config.dtype if fp8 is None else FP8, device=self.device
-            ),
-            torch.empty(layout.E_L, dtype=torch.int32, device=self.device),
-            torch.empty((layout.E_L, layout.CAP), dtype=torch.int32, device=self.device),
-            scales,
-        )

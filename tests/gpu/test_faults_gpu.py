@@ -108,10 +108,13 @@ def _dead_and_late(ctx: Ctx, gpus: tuple[int, ...]) -> None:
     if ctx.rank == 2:
         ctx.barrier("sent")
         os.kill(os.getpid(), signal.SIGKILL)
-    if ctx.rank == 1:
-        torch.cuda._sleep(int(2 * 1.5e9))  # cycles: some two seconds
-    handle = member.send(inputs)
+    mine, device = inputs[ctx.rank], member.group.device
+    x, ids, weights = (t.to(device) for t in (mine.x, mine.topk_ids, mine.topk_weights))
     out = member.poisoned(None)
+    torch.cuda.synchronize()
+    if ctx.rank == 1:  # nothing below waits for the device before `started`
+        torch.cuda._sleep(int(2 * 1.5e9))  # cycles: some two seconds
+    handle = member.a2a.dispatch_send(x, ids, weights)
     started = time.monotonic()
     got = member.a2a.dispatch_recv(handle, out=out)
     ctx.barrier("sent")
@@ -149,7 +152,8 @@ def test_a_masked_rank_is_left_out_and_a_late_one_waited_for_on_one_gpu() -> Non
     group.alive.fill_(0b101)
     time.sleep(0.5)
     assert not ended.query()
-    with torch.cuda.stream(torch.cuda.Stream()):
+    # Streams of one priority may share a hardware queue, where this kernel would wait behind the one that waits for it.
+    with torch.cuda.stream(torch.cuda.Stream(priority=-1)):
         group.ranks[2].dispatch_send(*there[2])
     ended.synchronize()
     check_dispatch(group, without(inputs, 1), [got, None, None], None, [0])
