@@ -42,7 +42,7 @@ from moe_a2a.kernels.signals import (
 )
 
 _WARPS = 32
-_STAGES = 4  # work items of a program in flight: one is stored or added up while the next are loaded
+_STAGES = 1  # work items of a program in flight; more are slower, see docs/decisions.md
 _TILE = 16384  # elements that a sender moves at once
 _PART = 1024  # of them, of one row; 7168 columns are a multiple, so that no thread goes without
 _OUT_TILE = 8192  # elements that a receiver adds at once, as wide as _UNIT leaves

@@ -38,7 +38,7 @@ from moe_a2a.kernels.signals import has_bit, is_last, pick, raise_flags, wait
 
 _WARPS = 32  # with one program an SM, all that can be in flight there comes from one program
 _QUANTISING_WARPS = 16  # registers for twice as many elements a thread
-_STAGES = 4  # work items of a program in flight: one is stored while the next are loaded
+_STAGES = 1  # work items of a program in flight; more are slower, see docs/decisions.md
 _TILE = 8192  # words, or elements that are quantised, of a work item
 _PART = 512  # of them, of one row: 7168 columns of any kind are a multiple, so that no thread goes without
 _META = 32  # tokens whose ids and weights, or given scales, go at once

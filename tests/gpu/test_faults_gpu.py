@@ -144,6 +144,11 @@ def test_a_masked_rank_is_left_out_and_a_late_one_waited_for_on_one_gpu() -> Non
     inputs = make_inputs(config, 1, 0, [3, 2, 3])
     there = [steps.there([i.x, i.topk_ids, i.topk_weights]) for i in inputs]
     out = steps.poisoned(None)[0]
+    # A stream in use already, of another priority: making one may wait for the device, and streams of one priority may
+    # share a hardware queue, where the late kernel would stand behind the one that waits for it.
+    other = torch.cuda.Stream(priority=-1)
+    with torch.cuda.stream(other):
+        torch.zeros(1, device=group.device).add_(1)
     torch.cuda.synchronize()
     handle = group.ranks[0].dispatch_send(*there[0])
     got = group.ranks[0].dispatch_recv(handle, out=out)
@@ -152,8 +157,7 @@ def test_a_masked_rank_is_left_out_and_a_late_one_waited_for_on_one_gpu() -> Non
     group.alive.fill_(0b101)
     time.sleep(0.5)
     assert not ended.query()
-    # Streams of one priority may share a hardware queue, where this kernel would wait behind the one that waits for it.
-    with torch.cuda.stream(torch.cuda.Stream(priority=-1)):
+    with torch.cuda.stream(other):
         group.ranks[2].dispatch_send(*there[2])
     ended.synchronize()
     check_dispatch(group, without(inputs, 1), [got, None, None], None, [0])
