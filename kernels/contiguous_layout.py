@@ -27,7 +27,16 @@ from moe_a2a.gpu.layout import Layout, power_of_two_at_least
 from moe_a2a.gpu.routing import Routing
 from moe_a2a.kernels.bad_input import report_bad
 from moe_a2a.kernels.launch import launch
-from moe_a2a.kernels.signals import either, has_bit, is_last, is_taken, lane_bits, raise_flags, record_missing
+from moe_a2a.kernels.signals import (
+    either,
+    has_bit,
+    is_last,
+    is_taken,
+    lane_bits,
+    next_step,
+    raise_flags,
+    record_missing,
+)
 
 _WARPS = 8
 _SCAN = 64  # blocks that the last program adds up at once
@@ -152,18 +161,9 @@ def _contiguous_layout(
     pid = tl.program_id(0)
     r = tl.arange(0, L.R_PAD)
     bases = tl.load(peers + r, mask=r < L.R, other=0)
-    step = tl.load(live + L.LIVE_STEP) + 1
-    begins = tl.load(control + L.NEXT_STEP)
-    mask = tl.load(control + L.MASK)
-    epoch = tl.load(control + L.EPOCH)
-    next_mask = tl.load(control + L.NEXT_MASK)
-    next_epoch = tl.load(control + L.NEXT_EPOCH)
-    gone_even = tl.load(live + L.GIVEN_UP)
-    gone_odd = tl.load(live + (L.GIVEN_UP + 1))
+    step, view, epoch, gone = next_step(live, control, L)
     too_early = is_taken(live, step, own_block.to(tl.int64), L)
-    view = tl.where(step >= begins, next_mask, mask)
-    epoch = tl.where(step >= begins, next_epoch, epoch)
-    mask = tl.where(too_early, 0, view & ~tl.where((epoch & 1) != 0, gone_odd, gone_even))
+    mask = tl.where(too_early, 0, view & ~gone)
     block = (step & 1) * L.parity_bytes
     blocks = (tokens + L.BLOCK - 1) // L.BLOCK
 

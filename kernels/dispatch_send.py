@@ -26,7 +26,7 @@ from moe_a2a.kernels import casts
 from moe_a2a.kernels.bad_input import report_bad, report_bad_weights
 from moe_a2a.kernels.formats import GIVEN, GIVEN_POW2, QUANTISE, QUANTISE_POW2, header_bits
 from moe_a2a.kernels.launch import Launch
-from moe_a2a.kernels.signals import aligned, either, has_bit, is_last, is_taken, pick, raise_flags
+from moe_a2a.kernels.signals import aligned, either, has_bit, is_last, is_taken, next_step, pick, raise_flags
 
 EXPERTS_A_PROGRAM = 32
 _WARPS = 4
@@ -198,18 +198,9 @@ def send_tokens(
     senders = programs - COUNTERS
     r = tl.arange(0, L.R_PAD)
     bases = tl.load(peers + r, mask=r < L.R, other=0)
-    step = tl.load(live + L.LIVE_STEP) + 1
-    begins = tl.load(control + L.NEXT_STEP)
-    mask = tl.load(control + L.MASK)
-    epoch = tl.load(control + L.EPOCH)
-    next_mask = tl.load(control + L.NEXT_MASK)
-    next_epoch = tl.load(control + L.NEXT_EPOCH)
-    gone_even = tl.load(live + L.GIVEN_UP)
-    gone_odd = tl.load(live + (L.GIVEN_UP + 1))
+    step, view, epoch, gone = next_step(live, control, L)
     too_early = is_taken(live, step, step & 1, L)
-    view = tl.where(step >= begins, next_mask, mask)
-    epoch = tl.where(step >= begins, next_epoch, epoch)
-    mask = tl.where(too_early, 0, view & ~tl.where((epoch & 1) != 0, gone_odd, gone_even))
+    mask = tl.where(too_early, 0, view & ~gone)
     block = (step & 1) * L.parity_bytes
 
     if pid < senders:

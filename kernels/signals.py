@@ -248,6 +248,23 @@ def end_step(live, step, L: tl.constexpr):
 
 
 @triton.jit
+def next_step(live, control, L: tl.constexpr):
+    """What a dispatch begins with: (number of its step, ranks of its view, epoch of the view, ranks that were given up
+    in that view). Written before this launch, and stable until its last program."""
+    step = tl.load(live + L.LIVE_STEP) + 1
+    begins = tl.load(control + L.NEXT_STEP)
+    mask = tl.load(control + L.MASK)
+    epoch = tl.load(control + L.EPOCH)
+    next_mask = tl.load(control + L.NEXT_MASK)
+    next_epoch = tl.load(control + L.NEXT_EPOCH)
+    gone_even = tl.load(live + L.GIVEN_UP)
+    gone_odd = tl.load(live + (L.GIVEN_UP + 1))
+    view = tl.where(step >= begins, next_mask, mask)
+    epoch = tl.where(step >= begins, next_epoch, epoch)
+    return step, view, epoch, tl.where((epoch & 1) != 0, gone_odd, gone_even)
+
+
+@triton.jit
 def until_sent(handle, L: tl.constexpr, LANES: tl.constexpr):
     """Wait until the last sending program of this launch has written the handle. It does not wait for anybody."""
     lane = tl.arange(0, LANES).to(tl.int64) * 0
