@@ -10,6 +10,8 @@ import triton.language as tl
 
 from moe_a2a.kernels.signals import PORTABLE
 
+_SMALLEST_AMAX = tl.constexpr(0x38D1B717)  # the bits of 1e-4
+
 
 @triton.jit
 def to_payload(value, DTYPE: tl.constexpr):
@@ -62,3 +64,15 @@ def power_of_two_at_least(scale):
     up = ((bits & 0x7FFFFF) != 0).to(tl.int32)
     rounded = (((bits >> 23) + up) << 23).to(tl.float32, bitcast=True)
     return tl.where((bits & 0x7F800000) == 0x7F800000, scale, rounded)
+
+
+@triton.jit
+def quantise(value, POW2: tl.constexpr):
+    """fp32 [n, 128] -> (bytes of float8_e4m3fn [n, 128], fp32 scales [n]), as moe_a2a.fp8 does. A scale of values that
+    are not finite is not finite."""
+    # Magnitudes as integers are in the same order, and NaN is the largest: a maximum of floats would drop it.
+    amax = tl.maximum(tl.max(value.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1), _SMALLEST_AMAX)
+    scale = tl.div_rn(amax.to(tl.float32, bitcast=True), 448.0)
+    if POW2:
+        scale = power_of_two_at_least(scale)
+    return to_e4m3(divide(value, scale[:, None], POW2)), scale

@@ -43,7 +43,6 @@ _TILE = 8192  # words, or elements that are quantised, of a work item
 _PART = 512  # of them, of one row: 7168 columns of any kind are a multiple, so that no thread goes without
 _META = 32  # tokens whose ids and weights, or given scales, go at once
 _LOAD, _STORE = "", ""  # cache modifiers of rows
-_SMALLEST_AMAX = tl.constexpr(0x38D1B717)  # the bits of 1e-4
 
 
 @triton.jit
@@ -113,12 +112,7 @@ def _send_quantised(
     source = x + (t.to(tl.int64) * L.H + g * 128)[:, None] + column[None, :]
     value = tl.load(source, mask=inside[:, None], other=0.0, cache_modifier=LOAD).to(tl.float32)
     hit = tl.load(hits + t, mask=t < tokens, other=0)
-    # Magnitudes as integers are in the same order, and NaN is the largest: a maximum of floats would drop it.
-    amax = tl.maximum(tl.max(value.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1), _SMALLEST_AMAX)
-    scale = tl.div_rn(amax.to(tl.float32, bitcast=True), 448.0)
-    if POW2:
-        scale = casts.power_of_two_at_least(scale)
-    q = casts.to_e4m3(casts.divide(value, scale[:, None], POW2))
+    q, scale = casts.quantise(value, POW2)
     for i in tl.static_range(R):
         r = (rank + 1 + i) % R  # far ones first
         place = pick(first, r, L) + index_of(t, t * 0 + r, within, starts, tokens, L)

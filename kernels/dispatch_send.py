@@ -34,7 +34,6 @@ _SCAN = 128  # tokens whose ids are looked at at once
 _CHUNK_WORDS = 4096  # of a row that is copied
 _CHUNK_GROUPS = 64  # of a row that is quantised
 _MOST_PROGRAMS = 1024
-_SMALLEST_AMAX = tl.constexpr(0x38D1B717)  # the bits of 1e-4
 
 
 @triton.jit
@@ -126,12 +125,7 @@ def _send_quantised(
         columns = g[:, None] * 128 + tl.arange(0, 128)[None, :]
         inside = (g < L.G)[:, None]
         value = (head if start == 0 else _load_tiles(x, row, start, L, CHUNK)).to(tl.float32)
-        # Magnitudes as integers are in the same order, and NaN is the largest: a maximum of floats would drop it.
-        amax = tl.maximum(tl.max(value.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1), _SMALLEST_AMAX)
-        scale = tl.div_rn(amax.to(tl.float32, bitcast=True), 448.0)
-        if POW2:
-            scale = casts.power_of_two_at_least(scale)
-        q = casts.to_e4m3(casts.divide(value, scale[:, None], POW2))
+        q, scale = casts.quantise(value, POW2)
         for r in tl.static_range(R):
             if has_bit(hits, r):
                 to = pick(bases, r, L) + offset

@@ -15,6 +15,7 @@ if "triton" not in sys.modules:
 import pytest
 import torch
 import triton
+import virtual_steps
 from contiguous_steps import (
     ContiguousSteps,
     check_combine,
@@ -26,7 +27,7 @@ from contiguous_steps import (
 )
 from virtual_steps import Steps, bits, make_inputs, sizes_of, without
 
-from moe_a2a import Config, Contiguous, HandleError, InputError, RankLost
+from moe_a2a import Contiguous, HandleError, InputError, RankLost
 from moe_a2a import reference as ref
 from moe_a2a.fp8 import ScaleFormat, pack_ue8m0, quantize
 from moe_a2a.gpu.contiguous_state import ContiguousHandle
@@ -42,12 +43,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def group_of(
-    ranks: int, *, hidden: int = 128, top_k: int = 2, tokens: int = 5, experts: int = 8, **options: Any
-) -> VirtualGroup:
-    channels = options.pop("channels", ("default",))
-    dtype = options.pop("dtype", torch.bfloat16)
-    return VirtualGroup(Config(experts, hidden, top_k, tokens, dtype, channels), ranks, "cpu", **options)
+def group_of(ranks: int, *, tokens: int = 5, **options: Any) -> VirtualGroup:
+    return virtual_steps.group_of(ranks, tokens=tokens, **options)
 
 
 @pytest.mark.parametrize("ranks, fp8", [(1, None), (2, None), (2, "fp32"), (4, None), (4, "ue8m0"), (8, "pow2")])

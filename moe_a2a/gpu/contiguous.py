@@ -23,7 +23,7 @@ from moe_a2a.kernels.contiguous_combine import contiguous_combine
 from moe_a2a.kernels.contiguous_layout import contiguous_layout
 from moe_a2a.kernels.contiguous_recv import contiguous_recv
 from moe_a2a.kernels.contiguous_send import contiguous_send
-from moe_a2a.kernels.formats import COPY, GIVEN, GIVEN_POW2, QUANTISE, QUANTISE_POW2, header_bits
+from moe_a2a.kernels.formats import header_bits
 from moe_a2a.step import Phase
 from moe_a2a.types import Contiguous, Handle
 
@@ -69,9 +69,7 @@ class ContiguousRank:
         rows = inputs.check_tokens(self.config, x, fp8, self.device)
         given = inputs.check_scales(self.config, rows, scales, self.device)
         tokens = rows.shape[0]
-        fp8, mode = _mode(rows, fp8, given)
-        if mode == COPY and layout.fp8_only:
-            raise InputError("this group's buffers hold FP8 rows only; give fp8='fp32', 'pow2' or 'ue8m0'")
+        mode, fp8 = inputs.row_mode(layout, fp8, given is not None)
         base._check_device()
         name = self.config.channels[base._index(channel)]
         state, extra = base._channels[base._index(channel)], self._extras[name]
@@ -246,7 +244,7 @@ class ContiguousRank:
         """Launch the sum over ranks; ends the step. Returns [T, H] of config.dtype, in `out` if given. Raises
         InputError, HandleError."""
         mine, state = self._step(handle, Phase.COMBINING)
-        result = self._result(mine, out)
+        result = self.base._outputs.sums(mine.tokens, out)
         if mine.wait_times is not None:
             self.base._watch(mine, self.layout.COMBINE)
         self._combine(mine, state, result, result, 0, self._programs, True)
@@ -256,7 +254,7 @@ class ContiguousRank:
         """Both halves in one launch, which overlap. As `combine_send` and `combine_recv`; y must stay unchanged until
         the launch has run."""
         mine, state = self._step(handle, Phase.RECEIVED)
-        rows, result = self._outputs_of_experts(y, mine), self._result(mine, out)
+        rows, result = self._outputs_of_experts(y, mine), self.base._outputs.sums(mine.tokens, out)
         if mine.wait_times is not None:  # in one launch there is no place for another in front of the wait
             self.combine_send(rows, mine)
             return self.combine_recv(mine, out=result)
@@ -273,7 +271,7 @@ class ContiguousRank:
     def combine_sums(self, y: torch.Tensor, handle: Handle, *, out: torch.Tensor | None = None) -> torch.Tensor:
         """The receivers of `combine` only, with the same y."""
         mine, state = self._step(handle, Phase.COMBINING)
-        rows, result = self._outputs_of_experts(y, mine), self._result(mine, out)
+        rows, result = self._outputs_of_experts(y, mine), self.base._outputs.sums(mine.tokens, out)
         self._combine(mine, state, rows, result, 0, self._receivers, False)
         return self._done(mine, result)
 
@@ -317,12 +315,6 @@ class ContiguousRank:
 
     def _outputs_of_experts(self, y: torch.Tensor, mine: ContiguousHandle) -> torch.Tensor:
         return inputs.check_tensor("y", y, (mine.rows, self.layout.H), (self.config.dtype,), self.device)
-
-    def _result(self, mine: ContiguousHandle, out: torch.Tensor | None) -> torch.Tensor:
-        shape = (mine.tokens, self.layout.H)
-        if out is None:
-            return torch.empty(shape, dtype=self.config.dtype, device=self.device)
-        return inputs.check_tensor("out", out, shape, (self.config.dtype,), self.device)
 
     def _done(self, mine: ContiguousHandle, result: torch.Tensor) -> torch.Tensor:
         mine.phase = Phase.DONE
@@ -381,12 +373,3 @@ class ContiguousRank:
         if (words >> 32 != ticket).any():
             raise MoeA2AError(f"{mine!r}: its counts did not reach the host; receive on the stream that it was sent on")
         return [int(word) & 0xFFFFFFFF for word in words]
-
-
-def _mode(x: torch.Tensor, fp8: ScaleFormat | None, given: torch.Tensor | None) -> tuple[ScaleFormat | None, int]:
-    """(form in which scales are handed out, what happens to rows on their way)."""
-    if given is not None:
-        return fp8 or "fp32", GIVEN if fp8 in (None, "fp32") else GIVEN_POW2
-    if fp8 is None:
-        return None, COPY
-    return fp8, QUANTISE if fp8 == "fp32" else QUANTISE_POW2

@@ -88,6 +88,18 @@ def check_weights(config: Config, weights: object, tokens: int, device: torch.de
     return check_tensor("topk_weights", weights, (tokens, config.top_k), (torch.float32,), device)
 
 
+def row_mode(layout: Layout, fp8: ScaleFormat | None, given: bool) -> tuple[int, ScaleFormat | None]:
+    """(what happens to rows on their way, the form in which scales are handed out). given: rows are FP8 already."""
+    if given:
+        fp8 = fp8 or "fp32"
+        return GIVEN if fp8 == "fp32" else GIVEN_POW2, fp8
+    if fp8 is not None:
+        return QUANTISE if fp8 == "fp32" else QUANTISE_POW2, fp8
+    if layout.fp8_only:
+        raise InputError("this group's buffers hold FP8 rows only; give fp8='fp32', 'pow2' or 'ue8m0'")
+    return COPY, None
+
+
 def check_brought(
     config: Config,
     layout: Layout,
@@ -105,11 +117,5 @@ def check_brought(
     tokens = rows.shape[0]
     ids = check_tensor("topk_ids", topk_ids, (tokens, config.top_k), (torch.int32, torch.int64), device)
     weights = None if topk_weights is None else check_weights(config, topk_weights, tokens, device)
-    if given is not None:
-        fp8 = fp8 or "fp32"
-        mode = GIVEN if fp8 == "fp32" else GIVEN_POW2
-    else:
-        mode = COPY if fp8 is None else QUANTISE if fp8 == "fp32" else QUANTISE_POW2
-    if mode == COPY and layout.fp8_only:
-        raise InputError("this group's buffers hold FP8 rows only; give fp8='fp32', 'pow2' or 'ue8m0'")
+    mode, fp8 = row_mode(layout, fp8, given is not None)
     return (rows, ids, weights, given), mode, fp8
