@@ -144,8 +144,8 @@ def test_a_masked_rank_is_left_out_and_a_late_one_waited_for_on_one_gpu() -> Non
     inputs = make_inputs(config, 1, 0, [3, 2, 3])
     there = [steps.there([i.x, i.topk_ids, i.topk_weights]) for i in inputs]
     out = steps.poisoned(None)[0]
-    # The late rank makes the same calls on its stream before: new memory for a stream is cudaMalloc's, which may wait for
-    # the device, and so does the first launch of a kernel. Streams of one priority may share a hardware queue.
+    # The late rank makes the same calls on its stream before: new memory for a stream is cudaMalloc's, which may wait
+    # for the device, and so does the first launch of a kernel. Streams of one priority may share a hardware queue.
     other = torch.cuda.Stream(priority=-1)
     handles = [rank.dispatch_send(*given) for rank, given in zip(group.ranks[:2], there[:2], strict=True)]
     with torch.cuda.stream(other):
