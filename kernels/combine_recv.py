@@ -55,7 +55,7 @@ def add_sums(
         hit = tl.load(hits + t) & good
         total = tl.zeros([BLOCK], tl.float32)
         for r in tl.static_range(R):
-            row = aligned(block + L.sums + (r * L.M + t).to(tl.int64) * L.sum_stride, DTYPE)
+            row = aligned(block + L.sums + (r * L.W + t).to(tl.int64) * L.sum_stride, DTYPE)
             total += tl.load(row + column, mask=inside & has_bit(hit, r), other=0.0).to(tl.float32)
         tl.store(out + t.to(tl.int64) * L.H + column, to_payload(total, DTYPE), mask=inside)
 

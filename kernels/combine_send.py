@@ -60,7 +60,7 @@ def send_sums(
         column = (item % BLOCKS) * BLOCK + tl.arange(0, BLOCK)
         s = (item // BLOCKS) % L.R
         t = item // (BLOCKS * L.R)
-        place = s * L.M + t
+        place = s * L.W + t
         inside = column < L.H
         total = tl.zeros([BLOCK], tl.float32)
         best = tl.full([], -1, tl.int32)
@@ -72,7 +72,7 @@ def send_sums(
             total += value.to(tl.float32) * tl.where(at >= 0, weight, 0.0)
             best = tl.maximum(best, at)
         if (best >= 0) & has_bit(received, s):
-            to = pick(bases, s, L) + block + L.sums + (rank * L.M + t).to(tl.int64) * L.sum_stride
+            to = pick(bases, s, L) + block + L.sums + (rank * L.W + t).to(tl.int64) * L.sum_stride
             tl.store(aligned(to, DTYPE) + column, to_payload(total, DTYPE), mask=inside)
 
     if is_last(live + (L.FINISHED + L.COMBINE), programs):

@@ -4,6 +4,7 @@ Programs take blocks of tokens: check the ids, and find for every token its dest
 the block before it go to each of them. The last program to finish adds the blocks up, and stores the number of rows for
 each rank (a row of `matrix`), for each of the receiver's experts, and a header into every rank's memory. Whoever has
 all rows of the matrix knows where the rows of every source lie on every rank: packed, in (source rank, token) order.
+Of steps in several rounds it also tells every rank how many rows come before each round.
 
 With KNOWN nothing is counted: the step follows the routing of an earlier one, whose counts are told again.
 
@@ -112,6 +113,20 @@ def index_of(t, r, within, starts, tokens, L: tl.constexpr):
 
 
 @triton.jit
+def _tell_bounds(to, on, rank, within, starts, tokens, BLOCK: tl.constexpr, L: tl.constexpr):
+    """How many of this rank's tokens go to each rank before each round. to: int64 [R_PAD], blocks of the ranks; on:
+    which of them are told."""
+    r = tl.arange(0, L.R_PAD)
+    tl.debug_barrier()  # other threads of this program have stored what is read here
+    for begin in range(0, L.ROUNDS + 1, BLOCK):
+        turn = begin + tl.arange(0, BLOCK)
+        t = tl.minimum(tl.minimum(turn, L.ROUNDS) * L.W, tokens)[:, None] + (r * 0)[None, :]
+        rows = index_of(t, tl.minimum(r, L.R - 1)[None, :] + t * 0, within, starts, tokens, L)
+        at = (to + L.bounds)[None, :] + ((rank * (L.ROUNDS + 1) + turn) * 4)[:, None].to(tl.int64)
+        tl.store(at.to(tl.pointer_type(tl.int32)), rows, mask=(turn <= L.ROUNDS)[:, None] & on[None, :])
+
+
+@triton.jit
 def agreed(block, arrived, step, epoch, routing, BITS: tl.constexpr, L: tl.constexpr):
     """What the sources said with their LAYOUT flags: (sources that fit, matrix int32 [R_PAD, R_PAD]).
 
@@ -208,6 +223,9 @@ def _contiguous_layout(
         )
         wanted = (to + (L.matrix + rank * (4 * (L.R + 1)) + 4 * L.R)).to(tl.pointer_type(tl.int32))
         tl.store(wanted, own_block + r * 0, mask=on)
+        SEVERAL: tl.constexpr = L.ROUNDS > 1
+        if SEVERAL:
+            _tell_bounds(to, on, rank, within, starts, tokens, SCAN, L)
         owner = tl.minimum(e // L.E_L, L.R - 1)
         inside = (e < L.E) & has_bit(mask, owner.to(tl.int64))
         count = tl.load(peers + owner, mask=inside, other=0) + block + L.counts

@@ -57,13 +57,13 @@ def _row_pointers(base, place, BYTES: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _send_words(
-    tile, part, x, hits, within, starts, first, to, tokens, rank, WORDS: tl.constexpr, ROWS: tl.constexpr,
+def send_words(
+    t0, part, x, hits, within, starts, first, to, tokens, rank, WORDS: tl.constexpr, ROWS: tl.constexpr,
     PART: tl.constexpr, LOAD: tl.constexpr, STORE: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
-    """PART 4-byte words of each of ROWS rows, as they are."""
+    """PART 4-byte words of each of ROWS rows, from token t0 on, as they are."""
     R: tl.constexpr = L.R
-    t = tile * ROWS + tl.arange(0, ROWS)
+    t = t0 + tl.arange(0, ROWS)
     w = part * PART + tl.arange(0, PART)
     inside = (t < tokens)[:, None] & (w < WORDS)[None, :]
     words = tl.load(x + (t.to(tl.int64) * WORDS)[:, None] + w[None, :], mask=inside, cache_modifier=LOAD)
@@ -77,14 +77,14 @@ def _send_words(
 
 
 @triton.jit
-def _send_scales(
-    tile, scales, hits, within, starts, first, to, tokens, report, POW2: tl.constexpr, META: tl.constexpr,
+def send_scales(
+    t0, scales, hits, within, starts, first, to, tokens, report, POW2: tl.constexpr, META: tl.constexpr,
     L: tl.constexpr,
 ):  # fmt: skip
-    """Given fp32 scales of META rows, as bits. Scales that cannot be used are reported."""
+    """Given fp32 scales of META rows, from token t0 on, as bits. Scales that cannot be used are reported."""
     R: tl.constexpr = L.R
     G_PAD: tl.constexpr = triton.next_power_of_2(L.G)
-    t = tile * META + tl.arange(0, META)
+    t = t0 + tl.arange(0, META)
     g = tl.arange(0, G_PAD)
     inside = (t < tokens)[:, None] & (g < L.G)[None, :]
     hit = tl.load(hits + t, mask=t < tokens, other=0)
@@ -101,15 +101,15 @@ def _send_scales(
 
 
 @triton.jit
-def _send_quantised(
-    tile, part, x, hits, within, starts, first, to, tokens, rank, report, POW2: tl.constexpr, ROWS: tl.constexpr,
+def send_quantised(
+    t0, part, x, hits, within, starts, first, to, tokens, rank, report, POW2: tl.constexpr, ROWS: tl.constexpr,
     PART: tl.constexpr, LOAD: tl.constexpr, STORE: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
-    """Quantise PART groups of 128 columns of each of ROWS rows, as moe_a2a.fp8 does. Scales that are not finite are
-    reported."""
+    """Quantise PART groups of 128 columns of each of ROWS rows, from token t0 on, as moe_a2a.fp8 does. Scales that are
+    not finite are reported."""
     R: tl.constexpr = L.R
     line = tl.arange(0, ROWS * PART)  # a group of a row
-    t = tile * ROWS + line // PART
+    t = t0 + line // PART
     g = part * PART + line % PART
     column = tl.arange(0, 128)
     inside = (t < tokens) & (g < L.G)
@@ -130,13 +130,13 @@ def _send_quantised(
 
 
 @triton.jit
-def _send_choices(
-    block, chosen, weights, hits, within, starts, first, to, tokens, rank, report, WEIGHTS: tl.constexpr,
+def send_choices(
+    t0, chosen, weights, hits, within, starts, first, to, tokens, rank, report, WEIGHTS: tl.constexpr,
     LARGEST: tl.constexpr, META: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
-    """Local ids, weights and source numbers of META tokens."""
+    """Local ids, weights and source numbers of META tokens, from t0 on."""
     R: tl.constexpr = L.R
-    t = block * META + tl.arange(0, META)
+    t = t0 + tl.arange(0, META)
     k = tl.arange(0, L.K_PAD)
     inside = (t < tokens)[:, None] & (k < L.K)[None, :]
     hit = tl.load(hits + t, mask=t < tokens, other=0)
@@ -162,7 +162,7 @@ def _send_choices(
 
 
 @triton.jit
-def _tell_host(host, ticket, block, good, matrix, rank, EXPERTS: tl.constexpr, L: tl.constexpr):
+def tell_host(host, ticket, block, good, matrix, rank, EXPERTS: tl.constexpr, L: tl.constexpr):
     """ticket << 32 | count, for the rows of each source and for each local expert: words that say for themselves that
     they are of this step, so that they need no order."""
     s = tl.arange(0, L.R_PAD)
@@ -207,32 +207,33 @@ def _contiguous_send(
     to = bases + in_block.to(tl.int64) * L.parity_bytes
     whole = (good == want) & (before == 0)
     if pid == 0:
-        _tell_host(host, ticket, mine, good, matrix, rank, EXPERTS, L)
+        tell_host(host, ticket, mine, good, matrix, rank, EXPERTS, L)
         report_missing(want & ~good, want & ~good & ~excluded, rank, handle, live, alive, report, L)
 
     count = tl.where(whole, tokens, 0)
     FEW: tl.constexpr = 3 if STAGES > 3 else STAGES  # registers of three loops do not suffice for more
     if not KNOWN:
         for number in tl.range(pid, (count + META - 1) // META, programs, num_stages=FEW if MODE < 3 else 1):
-            _send_choices(
-                tl.full([], 0, tl.int32) + number, chosen, weights, hits, within, starts, first, to, tokens, rank,
+            t0 = (tl.full([], 0, tl.int32) + number) * META
+            send_choices(
+                t0, chosen, weights, hits, within, starts, first, to, tokens, rank,
                 report, WEIGHTS, LARGEST, META, L,
             )  # fmt: skip
     if MODE == 3 or MODE == 4:
         for number in tl.range(pid, (count + META - 1) // META, programs, num_stages=FEW):
-            tile = tl.full([], 0, tl.int32) + number
-            _send_scales(tile, scales, hits, within, starts, first, to, tokens, report, MODE == 4, META, L)
+            t0 = (tl.full([], 0, tl.int32) + number) * META
+            send_scales(t0, scales, hits, within, starts, first, to, tokens, report, MODE == 4, META, L)
     for number in tl.range(pid, (count + ROWS - 1) // ROWS * PARTS, programs, num_stages=STAGES):
         item = tl.full([], 0, tl.int32) + number
-        tile, part = item // PARTS, item % PARTS
+        t0, part = item // PARTS * ROWS, item % PARTS
         if MODE == 1 or MODE == 2:
-            _send_quantised(
-                tile, part, x, hits, within, starts, first, to, tokens, rank, report, MODE == 2, ROWS, PART, LOAD,
+            send_quantised(
+                t0, part, x, hits, within, starts, first, to, tokens, rank, report, MODE == 2, ROWS, PART, LOAD,
                 STORE, L,
             )  # fmt: skip
         else:
-            _send_words(
-                tile, part, x, hits, within, starts, first, to, tokens, rank, WORDS, ROWS, PART, LOAD, STORE, L
+            send_words(
+                t0, part, x, hits, within, starts, first, to, tokens, rank, WORDS, ROWS, PART, LOAD, STORE, L
             )  # fmt: skip
 
     if is_last(live + (L.FINISHED + L.DISPATCH), programs):

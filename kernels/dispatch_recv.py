@@ -88,7 +88,7 @@ def receive_tokens(
     its_bits = tl.load(header + L.HEADER_BITS, mask=on, other=-1)
     tokens = tl.load(header + L.HEADER_TOKENS, mask=on, other=0)
     # An old life of a rank, or one that sends something else, counts as missing.
-    fits = on & (its_step == step) & (its_epoch == epoch) & (its_bits == BITS) & (tokens <= L.M)
+    fits = on & (its_step == step) & (its_epoch == epoch) & (its_bits == BITS) & (tokens <= L.W)
     tokens = tl.where(fits, tokens, 0).to(tl.int32)
     good = lane_bits(fits, r.to(tl.int64))
     longest = tl.max(tokens, 0)
@@ -102,13 +102,13 @@ def receive_tokens(
         part = item % BLOCKS
         s = (item // BLOCKS) % L.R
         t = item // (BLOCKS * L.R)
-        place = s * L.M + t
+        place = s * L.W + t
         is_there = t < tl.sum(tl.where(r == s, tokens, 0), 0)
         words = tl.load(table + place * L.K + k, mask=(k < L.K) & is_there, other=-1)
         to = _slots(block, words, s, good, L)
         if part == 0:
             tl.store(places + place * L.K + k, to, mask=k < L.K)
-            tl.store(source + to, (t if BY_SOURCE else place) + to * 0, mask=to >= 0)
+            tl.store(source + to, (t if BY_SOURCE else s * L.M + t) + to * 0, mask=to >= 0)
         if tl.max(to, 0) >= 0:
             row = aligned(block + L.rows + place.to(tl.int64) * L.row_stride, tl.int32)
             column = part * BLOCK + w

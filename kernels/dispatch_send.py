@@ -162,7 +162,7 @@ def _send_token(
     one = tl.full([], 1, tl.int64)
     hits = tl.reduce(tl.where(own >= 0, one << tl.maximum(owner, 0).to(tl.int64), 0), 0, either) & mask
     tl.store(hits_out + t, hits)
-    place = rank * L.M + t
+    place = rank * L.W + t
     offset = block + L.rows + place.to(tl.int64) * L.row_stride
     if QUANTISED:
         _send_quantised(head, x, row, offset, hits, bases, t, report, MODE == 2, L, CHUNK_GROUPS)

@@ -46,7 +46,7 @@ def _weights_push(
     for r in tl.static_range(R):
         if has_bit(mask, r):
             to = (pick(bases, r, L) + block + L.weights).to(tl.pointer_type(tl.float32))
-            at = (rank * L.M + t)[:, None] * L.K + k[None, :]
+            at = (rank * L.W + t)[:, None] * L.K + k[None, :]
             tl.store(to + at, value, mask=inside & has_bit(hit, r)[:, None])
 
     if is_last(live + (L.FINISHED + L.WEIGHTS), tl.num_programs(0)):

@@ -118,6 +118,9 @@ class Options:
         MOE_A2A_HOST_ADDRESS if set, 127.0.0.1 if all ranks are on one machine and in one network namespace, else this
         machine's own address.
     fp8_only: GPU ranks only, equal on every rank: dispatches carry FP8 rows and nothing else, in smaller buffers.
+    recv_capacity: GPU ranks only, equal on every rank: rows that the buffers of a channel have room for, R or more.
+        Contiguous and grouped steps then go in rounds of W = recv_capacity // R tokens of each rank, and masked ones
+        take at most W. None: R * M rows, which is also what a larger number means, or as many as fit 8 GiB a channel.
     num_sms: GPU ranks only: the most SMs that dispatch and combine of the contiguous and grouped layouts take from the
         GEMMs beside them, 2 or more. None: 24.
 
@@ -132,6 +135,7 @@ class Options:
     host_address: str | None = None
     fp8_only: bool = False
     num_sms: int | None = None
+    recv_capacity: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.timeout_s, (int, float)) or not math.isfinite(self.timeout_s) or self.timeout_s <= 0:
@@ -143,7 +147,10 @@ class Options:
             raise ConfigError(f"fp8_only={self.fp8_only!r}; give True or False")
         if self.num_sms is not None:
             _whole("num_sms", self.num_sms, 2)
+        if self.recv_capacity is not None:
+            _whole("recv_capacity", self.recv_capacity, 1)
 
     def as_json(self) -> dict[str, Any]:
         """The fields that must be equal on every rank."""
-        return {name: getattr(self, name) for name in ("timeout_s", "protocol", "metadata_server", "fp8_only")}
+        equal = ("timeout_s", "protocol", "metadata_server", "fp8_only", "recv_capacity")
+        return {name: getattr(self, name) for name in equal}

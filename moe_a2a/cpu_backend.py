@@ -40,6 +40,11 @@ class CpuBackend:
         self._health = Health()
         if options.fp8_only:
             raise ConfigError("fp8_only=True makes the buffers of GPU ranks smaller; leave it out on CPU ranks")
+        if options.recv_capacity is not None:
+            raise ConfigError(
+                f"recv_capacity={options.recv_capacity} makes the buffers of GPU ranks smaller; leave it out on CPU "
+                "ranks"
+            )
         if options.num_sms is not None:
             raise ConfigError(f"num_sms={options.num_sms} is for GPU ranks; leave it out on CPU ranks")
         self._meeting = meet(config, options, bootstrap)

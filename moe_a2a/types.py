@@ -51,6 +51,7 @@ class Masked:
     source: int32 [E_l, R*M], source rank * M + token number, for the rows that hold tokens.
     scales: None, or fp32 [E_l, R*M, H/128], or int32 [E_l, R*M, ceil(H/512)] for UE8M0; the last two dimensions are
         stored column-major, as DeepGEMM reads them.
+    GPU ranks with `Options.recv_capacity`: at most W = recv_capacity // R tokens a rank, and R*W rows in place of R*M.
     ranges: None; with `by_source` (see `AllToAll.reserve`) int64 [E_l, R], first row << 32 | number of rows of each
         source rank, and `source` then holds token numbers alone.
     Storage belongs to the AllToAll unless `out` was given: valid until the channel's next dispatch but one.
@@ -76,6 +77,7 @@ class Contiguous:
     source: int32 [N], source rank * M + token number.
     scales: None, or fp32 [N, H/128] row-major, or int32 [N, ceil(H/512)] column-major for UE8M0.
     counts_list: `counts` as a list, each rounded up to `alignment`, if host_counts was asked for; else None.
+    rounds: in how many rounds the rows came, 1 unless `Options.recv_capacity` is less than R*M.
     GPU ranks without host_counts: all tensors have R*M rows in place of N. tokens_per_rank sums to N; the rows behind
         hold id -1, weight 0 and source -1, and x there means nothing.
     Storage belongs to the AllToAll unless `out` was given: valid until the channel's next dispatch but one.
@@ -90,6 +92,7 @@ class Contiguous:
     scales: torch.Tensor | None
     handle: Handle
     counts_list: list[int] | None = None
+    rounds: int = 1
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,7 @@ class Grouped:
     topk_weights: fp32 [P], 0 for padding; None if weights were not given at dispatch.
     source: int32 [P], source rank * M + token number, -1 for padding.
     scales: None, or fp32 [P, H/128], or int32 [P, ceil(H/512)] for UE8M0; stored column-major.
+    rounds: as for `Contiguous`.
     Storage belongs to the AllToAll unless `out` was given: valid until the channel's next dispatch but one.
     """
 
@@ -114,6 +118,7 @@ class Grouped:
     source: torch.Tensor
     scales: torch.Tensor | None
     handle: Handle
+    rounds: int = 1
 
 
 Dispatched = Masked | Contiguous | Grouped

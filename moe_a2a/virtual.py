@@ -23,6 +23,7 @@ from moe_a2a.config import Config
 from moe_a2a.errors import ConfigError, InputError
 from moe_a2a.fp8 import ScaleFormat
 from moe_a2a.gpu.layout import Layout
+from moe_a2a.gpu.lockstep import lockstep
 from moe_a2a.step import Phase
 from moe_a2a.types import Contiguous, Grouped, Handle, Masked
 
@@ -40,8 +41,8 @@ class VirtualGroup:
 
     config: as for `AllToAll`. ranks: R. device: "cuda", "cuda:1", or "cpu" (Triton's interpreter; nothing may have
     imported Triton before, unless TRITON_INTERPRET=1 was set). timeout_s: budget of every wait; fp8_only: smaller
-    buffers, for dispatches in FP8 only; num_sms: of contiguous steps, see `Options`. `ranks` holds the ranks, to drive
-    them one by one; `contiguous` and `grouped` what they do in steps of these layouts.
+    buffers, for dispatches in FP8 only; num_sms, recv_capacity: see `Options`. `ranks` holds the ranks, to drive them
+    one by one; `contiguous` and `grouped` what they do in steps of these layouts.
 
     Raises ConfigError.
     """
@@ -55,9 +56,10 @@ class VirtualGroup:
         timeout_s: float = 10.0,
         fp8_only: bool = False,
         num_sms: int = 24,
+        recv_capacity: int | None = None,
     ) -> None:
         self.config, self.device = config, _device(device)
-        self.layout = Layout.of(config, ranks, fp8_only)
+        self.layout = Layout.of(config, ranks, fp8_only, recv_capacity)
         self._regions = [
             torch.zeros(ranks, self.layout.region_bytes, dtype=torch.uint8, device=self.device) for _ in config.channels
         ]
@@ -65,9 +67,9 @@ class VirtualGroup:
         processors = _INTERPRETER_PROCESSORS
         if on_gpu:
             processors = torch.cuda.get_device_properties(self.device).multi_processor_count
-        from moe_a2a.gpu.contiguous import ContiguousRank  # needs Triton, in the mode that _device has chosen
-        from moe_a2a.gpu.grouped import GroupedRank
+        from moe_a2a.gpu.grouped import GroupedRank  # needs Triton, in the mode that _device has chosen
         from moe_a2a.gpu.masked import MaskedRank
+        from moe_a2a.gpu.rounds import contiguous_rank
 
         words = torch.zeros(Layout.HOST_WORDS, dtype=torch.int64, pin_memory=on_gpu)
         #: int64 [1], a bit for each rank that lives; a wait ends at once if only ranks without their bit are missing.
@@ -89,7 +91,7 @@ class VirtualGroup:
             for rank in range(ranks)
         ]
         self.contiguous: list[ContiguousRank] = [
-            ContiguousRank(rank, num_sms if on_gpu else _INTERPRETER_PROGRAMS) for rank in self.ranks
+            contiguous_rank(rank, num_sms if on_gpu else _INTERPRETER_PROGRAMS) for rank in self.ranks
         ]
         self.grouped: list[GroupedRank] = [GroupedRank(rank, processors) for rank in self.contiguous]
 
@@ -195,12 +197,9 @@ class VirtualGroup:
         self, handles: Sequence[Handle], *, out: Sequence[torch.Tensor] | None = None, host_counts: bool = False
     ) -> list[Contiguous]:
         """The receiving halves of a contiguous step. Raises InputError, HandleError."""
-        outs = self._each("out", out)
+        each = zip(self.contiguous, handles, self._each("out", out), strict=True)
         with self._current():
-            return [
-                rank.dispatch_recv(handle, out=o, host_counts=host_counts)
-                for rank, handle, o in zip(self.contiguous, handles, outs, strict=True)
-            ]
+            return lockstep([rank.receiving(handle, out=o, host_counts=host_counts) for rank, handle, o in each])
 
     def grouped_recv(
         self,
@@ -212,12 +211,10 @@ class VirtualGroup:
     ) -> list[Grouped]:
         """The receiving halves of a step that was sent as contiguous, for the grouped layout. Raises InputError,
         HandleError."""
-        outs = self._each("out", out)
+        each = zip(self.grouped, handles, self._each("out", out), strict=True)
+        how: dict[str, Any] = {"alignment": alignment, "host_counts": host_counts}
         with self._current():
-            return [
-                rank.dispatch_recv(handle, alignment=alignment, out=o, host_counts=host_counts)
-                for rank, handle, o in zip(self.grouped, handles, outs, strict=True)
-            ]
+            return lockstep([rank.receiving(handle, out=o, **how) for rank, handle, o in each])
 
     def combine(
         self,
@@ -251,12 +248,8 @@ class VirtualGroup:
         if topk_weights is not None:
             raise InputError("the contiguous layout combines rows that carry their weights; leave topk_weights out")
         ys = [rank.contiguous_rows(rows, handle) for rank, handle, rows in zip(self.grouped, handles, ys, strict=True)]
-        for one, handle, rows in zip(self.contiguous, handles, ys, strict=True):
-            one.combine_apart(rows, handle)
-        return [
-            one.combine_sums(rows, handle, out=o)
-            for one, handle, rows, o in zip(self.contiguous, handles, ys, outs, strict=True)
-        ]
+        each = zip(self.contiguous, ys, handles, outs, strict=True)
+        return lockstep([rank.combining(rows, handle, out=o) for rank, rows, handle, o in each])
 
     def discard(self, handles: Sequence[Handle]) -> None:
         """`AllToAll.discard` of every rank: end a step without a combine. Raises HandleError."""
@@ -264,9 +257,13 @@ class VirtualGroup:
         from moe_a2a.gpu.discard import discard_recv, discard_send
 
         with self._current():
-            for one, handle in zip(self.contiguous, handles, strict=True):
-                if isinstance(handle, ContiguousHandle) and handle.phase is Phase.SENT:
-                    one.dispatch_recv(handle)
+            lockstep(
+                [
+                    one.receiving(handle)
+                    for one, handle in zip(self.contiguous, handles, strict=True)
+                    if isinstance(handle, ContiguousHandle) and handle.phase is Phase.SENT
+                ]
+            )
             for rank, handle in zip(self.ranks, handles, strict=True):
                 discard_send(rank, handle)
             for rank, handle in zip(self.ranks, handles, strict=True):

@@ -47,9 +47,9 @@ class GpuBackend:
         self.resources, self.hosts = meeting.resources, meeting.hosts.ranks_of
         self.buffer_bytes = sum(region.nbytes for region in meeting.regions)
         self._health, self._peers, self._layout = Health(), meeting.peers, meeting.layout
-        from moe_a2a.gpu.contiguous import ContiguousRank  # needs Triton, which `meet` has looked for
-        from moe_a2a.gpu.grouped import GroupedRank
+        from moe_a2a.gpu.grouped import GroupedRank  # needs Triton, which `meet` has looked for
         from moe_a2a.gpu.masked import MaskedRank
+        from moe_a2a.gpu.rounds import contiguous_rank
 
         rank, world = bootstrap.rank, bootstrap.world_size
         with torch.cuda.device(self.device):
@@ -63,7 +63,7 @@ class GpuBackend:
                 torch.cuda.get_device_properties(self.device).multi_processor_count,
                 options.timeout_s,
             )
-            self.contiguous = ContiguousRank(self.rank, options.num_sms or DEFAULT_SMS)
+            self.contiguous = contiguous_rank(self.rank, options.num_sms or DEFAULT_SMS)
             self.grouped = GroupedRank(self.contiguous, self.rank._processors)
             self._seen = torch.tensor(NOTHING, dtype=torch.int64).pin_memory()
             torch.cuda.synchronize()
@@ -95,7 +95,7 @@ class GpuBackend:
                 raise InputError("host_counts=True waits for counts, which a CUDA graph's capture cannot; leave it out")
             if out is not None:
                 quantised = fp8 is not None or (isinstance(x, torch.Tensor) and x.dtype == FP8)
-                most = self._layout.CAPACITY if layout == "contiguous" else self.grouped.worst_case(alignment)
+                most = self._layout.MOST if layout == "contiguous" else self.grouped.worst_case(alignment)
                 # With host_counts, the rows that it needs are not known yet.
                 rows = 0 if host_counts else most
                 self.contiguous.check_out(out, FP8 if quantised else self.config.dtype, rows)
@@ -217,6 +217,8 @@ class GpuBackend:
 
         self._health.check()
         with self._current():
+            if self._layout.ROUNDS > 1 and isinstance(handle, ContiguousHandle) and handle.phase is Phase.SENT:
+                self.contiguous.dispatch_recv(handle)  # ranks that receive it before they discard it need all rounds
             discard_send(self.rank, handle)
             discard_recv(self.rank, handle)
             self._ended(handle)

@@ -14,9 +14,10 @@ from moe_a2a.checks import check_like, padded
 from moe_a2a.errors import HandleError, InputError, MoeA2AError
 from moe_a2a.fp8 import FP8, ScaleFormat
 from moe_a2a.gpu import inputs
-from moe_a2a.gpu.contiguous_state import ContiguousHandle, ContiguousSlot, Extra, Output, Sent
-from moe_a2a.gpu.handle import Channel, Turns
+from moe_a2a.gpu.contiguous_state import ContiguousHandle, ContiguousSlot, Extra, Output, Sent, followed
+from moe_a2a.gpu.handle import Channel
 from moe_a2a.gpu.layout import SLOTS
+from moe_a2a.gpu.lockstep import Launches
 from moe_a2a.gpu.masked import MaskedRank
 from moe_a2a.gpu.routing import Routing
 from moe_a2a.kernels.contiguous_combine import contiguous_combine
@@ -86,7 +87,7 @@ class ContiguousRank:
             base._check_free(turns)
             routing = Routing.empty(layout, self.device) if captured else extra.free_routing(turns.open)
         else:
-            earlier = self._known(like, name, extra, turns, captured)
+            earlier = followed(like, base, name, extra, turns, captured)
             check_like(topk_ids, topk_weights, tokens, earlier.routed)
             routing, tables = earlier.routing, earlier.tables
             base._check_free(turns)
@@ -223,6 +224,18 @@ class ContiguousRank:
             counts_list,
         )
 
+    def receiving(
+        self,
+        handle: Handle,
+        *,
+        alignment: int = 128,
+        host_counts: bool = False,
+        out: torch.Tensor | None = None,
+    ) -> Launches[Contiguous]:
+        """`dispatch_recv`, for ranks that share a stream."""
+        yield from ()  # all have sent
+        return self.dispatch_recv(handle, alignment=alignment, host_counts=host_counts, out=out)
+
     def dispatch_send(
         self,
         x: torch.Tensor,
@@ -285,6 +298,12 @@ class ContiguousRank:
         self._combine(mine, state, rows, result, 0, self._receivers, False)
         return self._done(mine, result)
 
+    def combining(self, y: torch.Tensor, handle: Handle, *, out: torch.Tensor | None = None) -> Launches[torch.Tensor]:
+        """`combine`, for ranks that share a stream."""
+        self.combine_apart(y, handle)
+        yield
+        return self.combine_sums(y, handle, out=out)
+
     # helpers
 
     def check_out(self, out: torch.Tensor, dtype: torch.dtype, rows: int) -> None:
@@ -341,25 +360,6 @@ class ContiguousRank:
             raise HandleError(f"{mine!r} was sent for the masked layout; this call needs a contiguous step")
         return mine, state
 
-    def _known(self, like: Handle, name: str, extra: Extra, turns: Turns, captured: bool) -> ContiguousHandle:
-        """The step, whose routing and tables are still there. Of those in captures, the kernels find it out."""
-        if not isinstance(like, ContiguousHandle) or like._owner is not self.base or like.channel != name:
-            raise HandleError(f"like={like!r}; give the handle of a contiguous step of channel {name!r} of this object")
-        if like.tables is None:
-            raise HandleError(f"like={like!r}; receive that step first")
-        if like.captured != captured:
-            where = "in a CUDA graph's capture" if captured else "outside of a CUDA graph's capture"
-            raise HandleError(
-                f"like={like!r}, and this call is {where}; both belong into the same graph, or outside of graphs"
-            )
-        call = like.routing_call
-        if not captured and (like.routing.call != call or not extra.holds(call, turns.calls)):
-            raise HandleError(
-                f"like={like!r}: the routing of dispatch {call} has been overwritten by a later dispatch of the "
-                "channel; give topk_ids again"
-            )
-        return like
-
     def _output(self, state: Channel, mine: ContiguousHandle) -> Output:
         if mine.captured:  # what of it is no view of the region is the graph's own
             return Output.of(self.layout, state.region, mine.block, self.config.dtype, mine._fp8)
@@ -370,7 +370,8 @@ class ContiguousRank:
         return found[key]
 
     def counts_on_host(self, mine: ContiguousHandle) -> list[int]:
-        """Rows of each source, and for each local expert. Waits until contiguous_send has written them."""
+        """Rows of each source, and for each local expert; the number of rounds, where there may be several. Waits until
+        they are written, before the first rows are sent."""
         if mine.captured:
             raise InputError("host_counts=True waits for counts, which a CUDA graph's capture cannot; leave it out")
         words, ticket = mine.slot.host.numpy(), mine.ticket

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 
 import torch
 
+from moe_a2a.errors import HandleError
 from moe_a2a.fp8 import FP8, ScaleFormat, scale_columns
 from moe_a2a.gpu.handle import GpuHandle, Slot, Turns
 from moe_a2a.gpu.layout import SLOTS, Layout
 from moe_a2a.gpu.routing import Routing
+from moe_a2a.types import Handle
 from moe_a2a.types import Layout as LayoutName
 
 #: Routings of a channel that are kept: those of two open steps, and one for the next.
@@ -22,7 +24,7 @@ Tables = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]
 @dataclass
 class ContiguousSlot(Slot):
     """As `Slot`, where places is int32 [R + 2]: N, the first received row of each source, and N again. host: int64
-    [R + E_l] of pinned memory, for counts."""
+    [R + E_l] of pinned memory, for counts, and one more for the number of rounds where there may be several."""
 
     host: torch.Tensor
 
@@ -54,6 +56,9 @@ class ContiguousHandle(GpuHandle):
     shown: the results, if the launch that sends fills them in.
     grouping: of a step that was received as grouped: int32 [rows, K], where each choice's row lies among the
     grouped_rows that were handed out instead; weights: fp32 [rows, K], if they were given.
+
+    rounds: of a step that goes in rounds (`moe_a2a.gpu.rounds`): how many, 0 before it is sent; outputs: what the
+    experts made of it, while it is being sent back.
     """
 
     slot: ContiguousSlot
@@ -81,6 +86,8 @@ class ContiguousHandle(GpuHandle):
         self.grouping: torch.Tensor | None = None
         self.weights: torch.Tensor | None = None
         self.grouped_rows = 0
+        self.rounds = 0
+        self.outputs: torch.Tensor | None = None
 
     @property
     def ticket(self) -> int:
@@ -149,7 +156,8 @@ class Extra:
 
     @staticmethod
     def of(layout: Layout, device: torch.device) -> Extra:
-        host = torch.zeros((SLOTS + 1, layout.R + layout.E_L), dtype=torch.int64, pin_memory=device.type == "cuda")
+        words = layout.R + layout.E_L + (layout.ROUNDS > 1)
+        host = torch.zeros((SLOTS + 1, words), dtype=torch.int64, pin_memory=device.type == "cuda")
         return Extra(
             [ContiguousSlot.of(layout, device, words) for words in host[:SLOTS]],
             [Routing.empty(layout, device) for _ in range(_ROUTINGS)],
@@ -177,3 +185,24 @@ class Extra:
         """The one that was written longest ago, of those that no open step follows."""
         used = [handle.routing for handle in open_steps if isinstance(handle, ContiguousHandle)]
         return min((r for r in self.routings if not any(r is u for u in used)), key=lambda r: r.call)
+
+
+def followed(like: Handle, owner: object, name: str, extra: Extra, turns: Turns, captured: bool) -> ContiguousHandle:
+    """The step that like= names, whose routing and tables are still there. Of those in captures, the kernels find it
+    out. Raises HandleError."""
+    if not isinstance(like, ContiguousHandle) or like._owner is not owner or like.channel != name:
+        raise HandleError(f"like={like!r}; give the handle of a contiguous step of channel {name!r} of this object")
+    if like.tables is None:
+        raise HandleError(f"like={like!r}; receive that step first")
+    if like.captured != captured:
+        where = "in a CUDA graph's capture" if captured else "outside of a CUDA graph's capture"
+        raise HandleError(
+            f"like={like!r}, and this call is {where}; both belong into the same graph, or outside of graphs"
+        )
+    call = like.routing_call
+    if not captured and (like.routing.call != call or not extra.holds(call, turns.calls)):
+        raise HandleError(
+            f"like={like!r}: the routing of dispatch {call} has been overwritten by a later dispatch of the "
+            "channel; give topk_ids again"
+        )
+    return like

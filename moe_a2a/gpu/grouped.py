@@ -9,11 +9,13 @@ from moe_a2a.errors import InputError
 from moe_a2a.fp8 import FP8
 from moe_a2a.gpu import inputs
 from moe_a2a.gpu.contiguous import ContiguousRank
+from moe_a2a.gpu.contiguous_state import ContiguousHandle
+from moe_a2a.gpu.lockstep import Launches
 from moe_a2a.kernels.permute import REPORT_WORDS, Outputs, permute
 from moe_a2a.kernels.unpermute import unpermute
 from moe_a2a.permuted import worst_case_rows
 from moe_a2a.step import Phase
-from moe_a2a.types import Grouped, Handle
+from moe_a2a.types import Contiguous, Grouped, Handle
 
 
 class GroupedRank:
@@ -26,25 +28,42 @@ class GroupedRank:
     def worst_case(self, alignment: int) -> int:
         """The most rows that a step can need."""
         layout = self.contiguous.layout
-        return worst_case_rows(layout.CAPACITY, min(layout.K, layout.E_L), layout.E_L, alignment)
+        return worst_case_rows(layout.MOST, min(layout.K, layout.E_L), layout.E_L, alignment)
 
     def dispatch_recv(
         self, handle: Handle, *, alignment: int = 128, host_counts: bool = False, out: torch.Tensor | None = None
     ) -> Grouped:
         """Launch the receiving half and the move. The result has `worst_case` rows, or, with host_counts, exactly those
         that are needed; what of it is not `out` is new. Raises InputError, HandleError."""
-        mine = self.contiguous.step(handle, Phase.SENT)
-        layout, device = self.contiguous.layout, self.contiguous.device
+        mine, x = self._room(handle, alignment, host_counts, out)
+        return self._move(mine, self.contiguous.dispatch_recv(mine, host_counts=host_counts), x, alignment)
+
+    def receiving(
+        self, handle: Handle, *, alignment: int = 128, host_counts: bool = False, out: torch.Tensor | None = None
+    ) -> Launches[Grouped]:
+        """`dispatch_recv`, for ranks that share a stream."""
+        mine, x = self._room(handle, alignment, host_counts, out)
+        came = yield from self.contiguous.receiving(mine, host_counts=host_counts)
+        return self._move(mine, came, x, alignment)
+
+    def _room(
+        self, handle: Handle, alignment: int, host_counts: bool, out: torch.Tensor | None
+    ) -> tuple[ContiguousHandle, torch.Tensor]:
+        """The step, and storage for its rows."""
+        mine, layout = self.contiguous.step(handle, Phase.SENT), self.contiguous.layout
         rows = self.worst_case(alignment)
         if host_counts:
-            rows = sum(padded(self.contiguous.counts_on_host(mine)[layout.R :], alignment))
+            counts = self.contiguous.counts_on_host(mine)[layout.R : layout.R + layout.E_L]
+            rows = sum(padded(counts, alignment))
         dtype = self.contiguous.config.dtype if mine._fp8 is None else FP8
         if out is None:
-            x = torch.empty((rows, layout.H), dtype=dtype, device=device)
-        else:
-            self.contiguous.check_out(out, dtype, rows)
-            x = out[:rows]
-        came = self.contiguous.dispatch_recv(mine, host_counts=host_counts)
+            return mine, torch.empty((rows, layout.H), dtype=dtype, device=self.contiguous.device)
+        self.contiguous.check_out(out, dtype, rows)
+        return mine, out[:rows]
+
+    def _move(self, mine: ContiguousHandle, came: Contiguous, x: torch.Tensor, alignment: int) -> Grouped:
+        """Launch the move of contiguous rows into x."""
+        layout, device, rows = self.contiguous.layout, self.contiguous.device, x.shape[0]
 
         def ints(*shape: int) -> torch.Tensor:
             return torch.empty(shape, dtype=torch.int32, device=device)
@@ -75,7 +94,9 @@ class GroupedRank:
         mine.grouping, mine.weights = made.places, came.topk_weights
         mine.grouped_rows = rows
         by_row = None if made.scales is None else made.scales.t()
-        return Grouped(x, made.expert_ids, made.counts, made.offsets, made.topk_weights, made.source, by_row, mine)
+        return Grouped(
+            x, made.expert_ids, made.counts, made.offsets, made.topk_weights, made.source, by_row, mine, came.rounds
+        )
 
     def contiguous_rows(self, y: torch.Tensor, handle: Handle) -> torch.Tensor:
         """Experts' outputs [P, H] of a step that was received as grouped -> one row for each received token, weighted

@@ -110,11 +110,17 @@ def check_brought(
     scales: object,
     fp8: ScaleFormat | None,
 ) -> tuple[Brought, int, ScaleFormat | None]:
-    """All that a dispatch brings. Returns (it, the mode in which rows are sent, the form in which scales are handed
-    out)."""
+    """All that a masked dispatch brings. Returns (it, the mode in which rows are sent, the form in which scales are
+    handed out)."""
     rows = check_tokens(config, x, fp8, device)
     given = check_scales(config, rows, scales, device)
     tokens = rows.shape[0]
+    if tokens > layout.W:
+        raise InputError(
+            f"this call brings {tokens} tokens, and a masked step has room for {layout.W} of each rank, because "
+            f"recv_capacity is {layout.capacity} rows; split the batch, raise recv_capacity to {layout.R * tokens}, or "
+            "use the contiguous layout"
+        )
     ids = check_tensor("topk_ids", topk_ids, (tokens, config.top_k), (torch.int32, torch.int64), device)
     weights = None if topk_weights is None else check_weights(config, topk_weights, tokens, device)
     mode, fp8 = row_mode(layout, fp8, given is not None)

@@ -10,14 +10,19 @@ Region: symmetric, mapped and written by the peers. One for each channel; it hol
     matrix   int32 [R, R + 1]          rows from each rank to each rank, and the block where a rank wants its rows
                                        (contiguous)
     counts   int32 [R, E_l]            rows that each source sends to each local expert
-    table    masked: int32 [R, M, K]   -1, or (index among the source's rows for that expert) << 10 | local expert
+    bounds   int32 [R, ROUNDS + 1]     rows that come from each source before each round, if there are several
+    table    masked: int32 [R, W, K]   -1, or (index among the source's rows for that expert) << 10 | local expert
              contiguous: int64 [CAPACITY, K]  local expert ids, -1 elsewhere
-    weights  masked: fp32 [R, M, K]; contiguous: fp32 [CAPACITY, K], 0 elsewhere
+    weights  masked: fp32 [R, W, K]; contiguous: fp32 [CAPACITY, K], 0 elsewhere
     source   int32 [CAPACITY]          source rank * M + token (contiguous)
-    rows     masked: bytes [R, M, row_stride]  payload, and behind it fp32 [H/128] scales if the payload is FP8
+    rows     masked: bytes [R, W, row_stride]  payload, and behind it fp32 [H/128] scales if the payload is FP8
              contiguous: bytes [CAPACITY, H * its itemsize], all packed; then fp32 [CAPACITY, H/128] for FP8
-    sums     bytes [R, M, H * itemsize]  rows that come back at combine, one for each rank that a token went to;
+    sums     bytes [R, W, H * itemsize]  rows that come back at combine, one for each rank that a token went to;
                                        masked: at the token's number; contiguous: the tokens of a rank packed
+
+There is room for W tokens of each rank: for all M, unless the capacity is limited. Then masked steps take W tokens of a
+rank at most, and contiguous ones go in ROUNDS rounds of W tokens of each rank (`moe_a2a.gpu.rounds`), whose rows have
+places for each source: in [R, W], those of a source packed.
 
 A step's parity is that of its number, and says which block holds all this; but the received rows of a contiguous step
 (table, weights, source, rows) lie in the block that the receiver names in `matrix`, because its host hands them out as
@@ -30,7 +35,7 @@ All of `control`, `live`, a handle, `report` and the words in host memory are in
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar
 
@@ -39,6 +44,8 @@ from moe_a2a.errors import ConfigError
 
 #: Slots of a channel: steps that may be open at once, and parities of its buffers.
 SLOTS = 2
+#: Bytes of a channel's rows, up to which there is room for all that can arrive if no capacity is given.
+ROOM = 8 << 30
 #: Ranks whose arrival fits in one 64-bit word beside the bits that a wait needs for itself.
 MAX_RANKS = 60
 MAX_TOKENS = 1 << 20
@@ -59,7 +66,8 @@ class Layout:
     """Offsets and sizes in bytes. Kernels take it whole as a compile-time constant, hence the short names.
 
     R ranks, E experts, H hidden size, K top-k, M max_tokens_per_rank; itemsize: bytes of an element of the payload
-    dtype; fp8_only: the region takes no dispatch rows but FP8 ones, and is that much smaller.
+    dtype; fp8_only: the region takes no dispatch rows but FP8 ones, and is that much smaller; capacity: rows of a
+    contiguous step that the region has room for, at least R; None: R * M.
 
     Raises ConfigError.
     """
@@ -71,13 +79,17 @@ class Layout:
     M: int
     itemsize: int
     fp8_only: bool = False
+    capacity: int | None = None
 
     # Phases: each has a flag for every source.
     DISPATCH: ClassVar[int] = 0
     COMBINE: ClassVar[int] = 1
     WEIGHTS: ClassVar[int] = 2
     LAYOUT: ClassVar[int] = 3  # counts of a contiguous dispatch
-    PHASES: ClassVar[int] = 4
+    # Of contiguous steps in several rounds; their flags number rounds, not steps: see `moe_a2a.kernels.rounds`.
+    ROUND: ClassVar[int] = 4  # rows of a round that is not the first
+    DRAINED: ClassVar[int] = 5  # rows of a round are where they belong, and their places free
+    PHASES: ClassVar[int] = 6
 
     # Words of `control`, written by the host. A new view is written as "next", with the step at which it begins last,
     # and before it, as 0, the GIVEN_UP of its epoch in `live` of each channel.
@@ -92,7 +104,7 @@ class Layout:
 
     # Words of `live`, written by kernels of the channel, which run one after another.
     LIVE_STEP: ClassVar[int] = 0  # the last step that was sent
-    FINISHED: ClassVar[int] = 1  # + phase; programs of a running kernel that are done
+    FINISHED: ClassVar[int] = 1  # + phase, the first four; programs of a running kernel that are done
     OPEN: ClassVar[int] = 5  # + step & 1; the step of that parity that is open here, 0 if none is
     HELD: ClassVar[int] = 7  # + block; the open contiguous step whose received rows lie there, 0 if none do
     GIVEN_UP: ClassVar[int] = 9  # + epoch & 1; ranks that this rank found missing in that view
@@ -109,8 +121,9 @@ class Layout:
     MISSING: ClassVar[int] = 6  # ranks that are missing from this step, whatever the phase
     EXPECTED: ClassVar[int] = 7  # ranks whose COMBINE flag is waited for: those that are not missing so far
     DEADLINE: ClassVar[int] = 8  # + phase; 0 until somebody has to wait
-    VERDICT: ClassVar[int] = 12  # + phase; 0 unless a deadline came near
-    SENT: ClassVar[int] = 16  # 1 from the end of dispatch's sending half to that of combine's
+    VERDICT: ClassVar[int] = 14  # + phase; 0 unless a deadline came near
+    SENT: ClassVar[int] = 20  # 1 from the end of dispatch's sending half to that of combine's
+    FILLED: ClassVar[int] = 21  # rounds that hold tokens of anybody, at least 1 (contiguous, if there are several)
     HANDLE_WORDS: ClassVar[int] = 32
 
     # Words of a header.
@@ -156,12 +169,17 @@ class Layout:
             raise ConfigError(f"{self.R} ranks in one domain; allowed are 1 to {MAX_RANKS}")
         if self.M > MAX_TOKENS:
             raise ConfigError(f"max_tokens_per_rank={self.M}; GPU ranks allow 1 to {MAX_TOKENS}")
+        if self.capacity is not None and self.capacity < self.R:
+            raise ConfigError(
+                f"recv_capacity={self.capacity}, and {self.R} ranks bring a token each: allowed are {self.R} rows or "
+                f"more; {self.R * self.M} are as many as can arrive, and half of them, or fewer, save memory"
+            )
 
     @staticmethod
-    def of(config: Config, ranks: int, fp8_only: bool = False) -> Layout:
-        """The layout of a group. Raises ConfigError."""
+    def of(config: Config, ranks: int, fp8_only: bool = False, capacity: int | None = None) -> Layout:
+        """The layout of a group. capacity: `Options.recv_capacity`. Raises ConfigError."""
         config.local_experts(ranks)
-        return Layout(
+        layout = Layout(
             ranks,
             config.num_experts,
             config.hidden_size,
@@ -169,7 +187,26 @@ class Layout:
             config.max_tokens_per_rank,
             config.dtype.itemsize,
             fp8_only,
+            capacity,
         )
+        if capacity is None and layout.M * layout._token_bytes > ROOM:
+            return replace(layout, capacity=layout.R * max(1, ROOM // layout._token_bytes))
+        return layout
+
+    @cached_property
+    def W(self) -> int:  # noqa: N802
+        """Tokens of each rank that there is room for."""
+        return self.M if self.capacity is None else min(self.M, self.capacity // self.R)
+
+    @cached_property
+    def ROUNDS(self) -> int:  # noqa: N802
+        """Rounds of a contiguous step of M tokens a rank."""
+        return -(-self.M // self.W)
+
+    @cached_property
+    def MOST(self) -> int:  # noqa: N802
+        """Rows that a rank can receive in a contiguous step."""
+        return self.R * self.M
 
     @cached_property
     def E_L(self) -> int:  # noqa: N802
@@ -183,18 +220,18 @@ class Layout:
 
     @cached_property
     def CAP(self) -> int:  # noqa: N802
-        """Rows of an expert's block in the masked layout; the most that a rank can receive."""
-        return self.R * self.M
+        """Rows of an expert's block in the masked layout; the most that a rank can receive in such a step."""
+        return self.R * self.W
 
     @cached_property
     def CAPACITY(self) -> int:  # noqa: N802
         """Rows that a contiguous dispatch can put into a block."""
-        return self.R * self.M
+        return self.R * self.W
 
     @cached_property
     def CHUNKS(self) -> int:  # noqa: N802
         """Chunk flags of one source."""
-        return -(-self.M // self.CHUNK)
+        return -(-self.W // self.CHUNK)
 
     @cached_property
     def BLOCKS(self) -> int:  # noqa: N802
@@ -220,15 +257,21 @@ class Layout:
         return self.H * self.itemsize
 
     @cached_property
+    def _token_bytes(self) -> int:
+        """Bytes of a region for each token of every rank that there is room for."""
+        return SLOTS * self.R * (12 * self.K + 4 + self.row_stride + self.sum_stride)
+
+    @cached_property
     def _areas(self) -> dict[str, int]:
         """First byte of each area, and of what follows the last."""
-        slots = self.R * self.M
+        slots = self.CAPACITY
         sizes = {
             "flags": 8 * self.PHASES * self.R,
             "headers": 8 * self.HEADER_WORDS * self.R,
             "chunks": 8 * self.R * self.CHUNKS,
             "matrix": 4 * self.R * (self.R + 1),
             "counts": 4 * self.R * self.E_L,
+            "bounds": 4 * self.R * (self.ROUNDS + 1) if self.ROUNDS > 1 else 0,
             "table": 8 * slots * self.K,
             "weights": 4 * slots * self.K,
             "source": 4 * slots,
@@ -260,6 +303,10 @@ class Layout:
     @cached_property
     def counts(self) -> int:
         return self._areas["counts"]
+
+    @cached_property
+    def bounds(self) -> int:
+        return self._areas["bounds"]
 
     @cached_property
     def table(self) -> int:
@@ -298,7 +345,7 @@ class Layout:
 
     @cached_property
     def _text(self) -> str:
-        fields = (self.R, self.E, self.H, self.K, self.M, self.itemsize, int(self.fp8_only))
+        fields = (self.R, self.E, self.H, self.K, self.M, self.itemsize, int(self.fp8_only), self.W)
         return "Layout_" + "_".join(map(str, fields))
 
     @cached_property

@@ -98,12 +98,13 @@ def _meet(config: Config, options: Options, bootstrap: Bootstrap, device: torch.
         )
 
     def open_memory() -> _Opened:
-        layout = Layout.of(config, world, options.fp8_only)
+        layout = Layout.of(config, world, options.fp8_only, options.recv_capacity)
         allocator = SymmetricAllocator(device, rank, world)
         stack.callback(allocator.close)
         reason = (
-            f"2 parities of rows of {config.row_bytes} bytes for max_tokens_per_rank={config.max_tokens_per_rank} and "
-            f"{world} ranks, for each of {len(config.channels)} channels"
+            f"2 parities of rows of {config.row_bytes} bytes for {layout.W} tokens (max_tokens_per_rank="
+            f"{config.max_tokens_per_rank}, recv_capacity={options.recv_capacity}) of each of {world} ranks, for each "
+            f"of {len(config.channels)} channels"
         )
         regions = [allocator.allocate(layout.region_bytes, reason) for _ in config.channels]
         offers = []
@@ -138,7 +139,7 @@ def _meet(config: Config, options: Options, bootstrap: Bootstrap, device: torch.
     for offer in opened.offers:
         offer.close()
     assert opened.page.device_words is not None
-    layout = Layout.of(config, world, options.fp8_only)
+    layout = Layout.of(config, world, options.fp8_only, options.recv_capacity)
     return GpuMeeting(hosts, layout, opened.regions, opened.page.device_words[: Layout.HOST_WORDS], peers, stack)
 
 
