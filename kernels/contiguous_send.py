@@ -1,6 +1,6 @@
 """Contiguous dispatch, second launch: store this rank's tokens straight into their final places.
 
-A token's row is loaded once and stored once for each rank that it goes to, this one included, at
+A token's row is stored once for each rank that it goes to, this one included, at
 
     rows that the ranks before this one send there + tokens before it that go there
 
@@ -35,16 +35,14 @@ from moe_a2a.kernels.bad_input import report_bad, report_bad_weights
 from moe_a2a.kernels.contiguous_layout import agreed, index_of, report_missing
 from moe_a2a.kernels.contiguous_recv import receive_rows
 from moe_a2a.kernels.formats import QUANTISE, QUANTISE_POW2
-from moe_a2a.kernels.launch import launch, stages, warps
+from moe_a2a.kernels.launch import launch, warps
 from moe_a2a.kernels.signals import has_bit, is_last, pick, raise_flags, wait
 
 _WARPS = 32  # with one program an SM, all that can be in flight there comes from one program
 _QUANTISING_WARPS = 16  # registers for twice as many elements a thread
-_STAGES = 1  # work items of a program in flight; more are slower, see docs/decisions.md
 _TILE = 8192  # words, or elements that are quantised, of a work item
 _PART = 512  # of them, of one row: 7168 columns of any kind are a multiple, so that no thread goes without
 _META = 32  # tokens whose ids and weights, or given scales, go at once
-_LOAD, _STORE = "", ""  # cache modifiers of rows
 #: counts int32 [E_l], tokens_per_rank int32 [R], came int32 [R + 2]: what contiguous_recv writes.
 Received = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -58,22 +56,21 @@ def _row_pointers(base, place, BYTES: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def send_words(
-    t0, part, x, hits, within, starts, first, to, tokens, rank, WORDS: tl.constexpr, ROWS: tl.constexpr,
-    PART: tl.constexpr, LOAD: tl.constexpr, STORE: tl.constexpr, L: tl.constexpr,
+    t0, part, x, hits, within, starts, first, to, tokens, rank, BEGIN: tl.constexpr, END: tl.constexpr,
+    WORDS: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
-    """PART 4-byte words of each of ROWS rows, from token t0 on, as they are."""
-    R: tl.constexpr = L.R
+    """PART 4-byte words of each of ROWS rows, from token t0 on, for the ranks BEGIN + 1 to END after this one."""
     t = t0 + tl.arange(0, ROWS)
     w = part * PART + tl.arange(0, PART)
     inside = (t < tokens)[:, None] & (w < WORDS)[None, :]
-    words = tl.load(x + (t.to(tl.int64) * WORDS)[:, None] + w[None, :], mask=inside, cache_modifier=LOAD)
+    words = tl.load(x + (t.to(tl.int64) * WORDS)[:, None] + w[None, :], mask=inside)
     hit = tl.load(hits + t, mask=t < tokens, other=0)
-    for i in tl.static_range(R):
-        r = (rank + 1 + i) % R  # far ones first
+    for i in tl.static_range(BEGIN, END):
+        r = (rank + 1 + i) % L.R
         place = pick(first, r, L) + index_of(t, t * 0 + r, within, starts, tokens, L)
         row = _row_pointers(pick(to, r, L) + L.rows, place, WORDS * 4, tl.int32)
         on = has_bit(hit, r) & (place < L.CAPACITY)
-        tl.store(row + w[None, :], words, mask=inside & on[:, None], cache_modifier=STORE)
+        tl.store(row + w[None, :], words, mask=inside & on[:, None])
 
 
 @triton.jit
@@ -103,7 +100,7 @@ def send_scales(
 @triton.jit
 def send_quantised(
     t0, part, x, hits, within, starts, first, to, tokens, rank, report, POW2: tl.constexpr, ROWS: tl.constexpr,
-    PART: tl.constexpr, LOAD: tl.constexpr, STORE: tl.constexpr, L: tl.constexpr,
+    PART: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     """Quantise PART groups of 128 columns of each of ROWS rows, from token t0 on, as moe_a2a.fp8 does. Scales that are
     not finite are reported."""
@@ -114,7 +111,7 @@ def send_quantised(
     column = tl.arange(0, 128)
     inside = (t < tokens) & (g < L.G)
     source = x + (t.to(tl.int64) * L.H + g * 128)[:, None] + column[None, :]
-    value = tl.load(source, mask=inside[:, None], other=0.0, cache_modifier=LOAD).to(tl.float32)
+    value = tl.load(source, mask=inside[:, None], other=0.0).to(tl.float32)
     hit = tl.load(hits + t, mask=t < tokens, other=0)
     q, scale = casts.quantise(value, POW2)
     for i in tl.static_range(R):
@@ -122,7 +119,7 @@ def send_quantised(
         place = pick(first, r, L) + index_of(t, t * 0 + r, within, starts, tokens, L)
         on = inside & has_bit(hit, r) & (place < L.CAPACITY)
         row = _row_pointers(pick(to, r, L) + L.rows, place * L.G + g, 128, tl.uint8)
-        tl.store(row + column[None, :], q, mask=on[:, None], cache_modifier=STORE)
+        tl.store(row + column[None, :], q, mask=on[:, None])
         at = (pick(to, r, L) + L.scales) + (place.to(tl.int64) * L.G + g) * 4
         tl.store(at.to(tl.pointer_type(tl.float32)), scale, mask=on)
     found = scale.to(tl.int32, bitcast=True) & 0x7FFFFFFF
@@ -185,8 +182,7 @@ def _contiguous_send(
     MODE: tl.constexpr, WEIGHTS: tl.constexpr, LARGEST: tl.constexpr, KNOWN: tl.constexpr, RECEIVE: tl.constexpr,
     BITS: tl.constexpr,
     WORDS: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr, META: tl.constexpr,
-    EXPERTS: tl.constexpr, STAGES: tl.constexpr, LOAD: tl.constexpr, STORE: tl.constexpr, L: tl.constexpr,
-    LANES: tl.constexpr,
+    EXPERTS: tl.constexpr, L: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
@@ -211,29 +207,48 @@ def _contiguous_send(
         report_missing(want & ~good, want & ~good & ~excluded, rank, handle, live, alive, report, L)
 
     count = tl.where(whole, tokens, 0)
-    FEW: tl.constexpr = 3 if STAGES > 3 else STAGES  # registers of three loops do not suffice for more
     if not KNOWN:
-        for number in tl.range(pid, (count + META - 1) // META, programs, num_stages=FEW if MODE < 3 else 1):
+        for number in tl.range(pid, (count + META - 1) // META, programs, num_stages=1):
             t0 = (tl.full([], 0, tl.int32) + number) * META
             send_choices(
                 t0, chosen, weights, hits, within, starts, first, to, tokens, rank,
                 report, WEIGHTS, LARGEST, META, L,
             )  # fmt: skip
     if MODE == 3 or MODE == 4:
-        for number in tl.range(pid, (count + META - 1) // META, programs, num_stages=FEW):
+        for number in tl.range(pid, (count + META - 1) // META, programs, num_stages=1):
             t0 = (tl.full([], 0, tl.int32) + number) * META
             send_scales(t0, scales, hits, within, starts, first, to, tokens, report, MODE == 4, META, L)
-    for number in tl.range(pid, (count + ROWS - 1) // ROWS * PARTS, programs, num_stages=STAGES):
-        item = tl.full([], 0, tl.int32) + number
-        t0, part = item // PARTS * ROWS, item % PARTS
-        if MODE == 1 or MODE == 2:
+    items = (count + ROWS - 1) // ROWS * PARTS
+    if MODE == 1 or MODE == 2:
+        for number in tl.range(pid, items, programs, num_stages=1):
+            item = tl.full([], 0, tl.int32) + number
             send_quantised(
-                t0, part, x, hits, within, starts, first, to, tokens, rank, report, MODE == 2, ROWS, PART, LOAD,
-                STORE, L,
+                item // PARTS * ROWS, item % PARTS, x, hits, within, starts, first, to, tokens, rank, report, MODE == 2,
+                ROWS, PART, L,
             )  # fmt: skip
-        else:
+    else:
+        # Some programs store into other ranks, the others into this one: a program that does both waits for the link
+        # with stores that do not need it, and a link that more programs feed in this way gives less.
+        rows = tl.sum(tl.where((r == rank)[:, None], matrix, 0), 0)
+        own = pick(rows, rank, L)
+        far = tl.sum(rows, 0) - own
+        near = (programs * own + (own + far) // 2) // tl.maximum(own + far, 1)
+        near = tl.minimum(tl.maximum(near, (own > 0).to(tl.int32)), programs - (far > 0).to(tl.int32))
+        others = programs - near
+        begin = tl.where(pid < others, pid, items)
+        for number in tl.range(begin, items, tl.maximum(others, 1), num_stages=1):
+            item = tl.full([], 0, tl.int32) + number
             send_words(
-                t0, part, x, hits, within, starts, first, to, tokens, rank, WORDS, ROWS, PART, LOAD, STORE, L
+                item // PARTS * ROWS, item % PARTS, x, hits, within, starts, first, to, tokens, rank, 0, L.R - 1,
+                WORDS, ROWS, PART, L,
+            )  # fmt: skip
+        skip = tl.where(programs == 1, 0, others)  # who is alone does both
+        begin = tl.where(pid >= skip, pid - skip, items)
+        for number in tl.range(begin, items, tl.maximum(programs - skip, 1), num_stages=1):
+            item = tl.full([], 0, tl.int32) + number
+            send_words(
+                item // PARTS * ROWS, item % PARTS, x, hits, within, starts, first, to, tokens, rank, L.R - 1, L.R,
+                WORDS, ROWS, PART, L,
             )  # fmt: skip
 
     if is_last(live + (L.FINISHED + L.DISPATCH), programs):
@@ -326,9 +341,6 @@ def contiguous_send(
             parts,
             _META,
             power_of_two_at_least(layout.E_L),
-            stages(_STAGES, 4 * _TILE, x.device),
-            _LOAD,
-            _STORE,
             layout,
             threads,
         ),
