@@ -90,18 +90,22 @@ def make_inputs(
     routing: Routing | Trace = "uniform",
     padding: float = 0.0,
     holes: float = 0.0,
+    device: torch.device | str = "cpu",
 ) -> Inputs:
     """The input that `rank` brings to `step`: the same for whoever asks, whatever they asked before.
 
-    x is standard normal. Weights are positive and sum to 1 over a token's experts, as after a router that normalises.
+    x is standard normal, and made on `device`, where it stays: the same on all devices of one kind. Ids and weights are
+    on the CPU and do not depend on it. Weights are positive and sum to 1 over a token's experts, as after a router that
+    normalises.
     padding: probability that a token has no expert at all; holes: probability that a single choice is -1.
     """
-    generator = _generator(seed, "inputs", rank, step)
-    x = torch.randn(tokens, hidden, generator=generator).to(dtype)
+    generator = _generator(seed, "inputs", rank, step, device=device)
+    x = torch.randn(tokens, hidden, generator=generator, device=device).to(dtype)
     if isinstance(routing, Trace):
         topk_ids = routing.rows(rank, step, tokens)
     else:
         topk_ids = make_routing(seed, rank, step, tokens, experts, top_k, routing)
+    generator = _generator(seed, "weights", rank, step)
     missing = torch.rand(tokens, top_k, generator=generator) < holes
     missing |= torch.rand(tokens, 1, generator=generator) < padding
     topk_ids = topk_ids.masked_fill(missing, -1)
@@ -144,10 +148,10 @@ def _popularity(seed: int, experts: int) -> Tensor:
     return torch.randperm(experts, generator=_generator(seed, "popularity"))
 
 
-def _generator(*key: int | str) -> torch.Generator:
+def _generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator of its own for every key: neighbouring seeds, ranks and steps must not give related streams."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def _read_npy(path: Path) -> list[np.ndarray]:

@@ -64,8 +64,8 @@ class Case:
             channels=(channel,),
         )
 
-    def inputs(self, rank: int, step: int) -> Inputs:
-        """What `rank` brings to `step`."""
+    def inputs(self, rank: int, step: int, device: torch.device | str = "cpu") -> Inputs:
+        """What `rank` brings to `step`: x on `device` (other devices, other values), the rest on the CPU."""
         routing: Any = self.routing
         if self.routing not in ("uniform", "zipf", "k-hot"):
             routing = Trace.load(self.routing, self.experts, self.top_k)
@@ -80,6 +80,7 @@ class Case:
             top_k=self.top_k,
             dtype=DTYPES[self.dtype][0],
             routing=kind,
+            device=device,
         )
 
 
