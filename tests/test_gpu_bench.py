@@ -27,6 +27,7 @@ from moe_a2a.types import Masked
 
 ROOT = pathlib.Path(__file__).parents[1]
 TIMES = {"dispatch": [1.0, 2.0, 3.0], "combine": [2.0, 3.0, 4.0], "both": [3.0, 5.0, 7.0], "event": [0.5]}
+BROUGHT = {"brought": {"rows": [6, 5], "expert_rows": [6, 6]}}
 
 
 def case(dtype: str = "bf16", tokens: int = 6) -> Case:
@@ -242,7 +243,7 @@ def test_a_peer_that_lacks_a_dtype_says_which_it_has(play: Any) -> None:
 
 def entry(compared: dict[str, Any], timed: tuple[str, ...], problems: tuple[str | None, ...] = (None, None)) -> Any:
     a2a: Any = SimpleNamespace(world_size=2, hosts=((0, 1),), buffer_bytes=4096)
-    everyone = [{"times": dict.fromkeys(timed, TIMES), "failed": {}, "bytes": [120, 100]} for _ in range(2)]
+    everyone = [{"times": dict.fromkeys(timed, TIMES), "failed": {}, "bytes": [120, 100], **BROUGHT} for _ in range(2)]
     return gpu.entry(case(), "graph", a2a, list(problems), everyone, compared)
 
 
@@ -270,8 +271,8 @@ def test_a_baseline_that_fails_while_it_is_timed_does_not_end_the_run(monkeypatc
     times, failed = gpu._measure(runners, "graph", 3)
     assert set(times) == {"ours"}
     a2a: Any = SimpleNamespace(world_size=2, hosts=((0, 1),), buffer_bytes=4096)
-    other = {"times": {"ours": TIMES, "deep_ep": TIMES}, "failed": {}, "bytes": [0, 0]}
-    everyone = [other, {"times": times, "failed": failed, "bytes": [0, 0]}]
+    other = {"times": {"ours": TIMES, "deep_ep": TIMES}, "failed": {}, "bytes": [0, 0], **BROUGHT}
+    everyone = [other, {"times": times, "failed": failed, "bytes": [0, 0], **BROUGHT}]
     found = gpu.entry(case(), "graph", a2a, [None, None], everyone, {"deep_ep": {"problem": None}})
     said = "rank 1: RuntimeError: operation not permitted when stream is capturing"
     assert found["baselines"] == {"deep_ep": {"problem": said}}
@@ -294,6 +295,8 @@ def test_table_and_bars_do_without_the_times_of_a_wrong_baseline(tmp_path: pathl
     report.print_table(entries, console)
     text = console.export_text()
     assert text.count("equal to the oracle") == 2
+    assert "Rows received: rank 0 12, median of ranks 11" in text
+    assert "5.0 (rank 0)" in text
     assert "deep_ep was not timed: rank 0: [sums] differ" in text
     report.write_plot(str(tmp_path / "bars.png"), entries)
     assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")

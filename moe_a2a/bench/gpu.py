@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from moe_a2a.all_to_all import AllToAll
 from moe_a2a.bench.baselines import Baselines, OurStep, in_words
-from moe_a2a.bench.cases import Case, heading, percentiles
+from moe_a2a.bench.cases import Case, heading, percentiles, rows_to, spread
 from moe_a2a.bench.check import check_case, dispatch
 from moe_a2a.bench.low_latency import expert_rows
 from moe_a2a.bench.timing import Runner, measure
@@ -52,12 +52,14 @@ def run_gpu_case(case: Case, modes: Sequence[str], options: Options, baselines: 
         compared = _beside(gather.all_gather(wrong, options.timeout_s), case, baselines)
         clock.append(time.monotonic())
         entries = []
+        brought = rows_to(case.inputs(a2a.rank, 1, device).topk_ids, a2a.local_experts, a2a.world_size)
+        leave = sum(brought["rows"]) - brought["rows"][a2a.rank]
         for mode in modes:
             # What is wrong is not timed, and on no rank: a step is collective.
             right = ["ours", *(name for name, known in compared.items() if known["problem"] is None)]
             times, failed = _measure({name: runners[name] for name in right}, mode, case.iterations)
             a2a.check()
-            own = {"times": times, "failed": failed, "bytes": _bytes(case, a2a)}
+            own = {"times": times, "failed": failed, "bytes": _bytes(case, a2a, leave), "brought": brought}
             entries.append(entry(case, mode, a2a, problems, gather.all_gather(own, options.timeout_s), compared))
         dist.barrier()
     clock.append(time.monotonic())
@@ -136,16 +138,14 @@ def _beside(wrong: Sequence[dict[str, str | None]], case: Case, baselines: Basel
     return compared
 
 
-def _bytes(case: Case, a2a: AllToAll) -> list[int]:
-    """[what this rank stores into its peers' memory in a step, both ways; payload alone]."""
-    config, ids = a2a.config, case.inputs(a2a.rank, 1, a2a.device).topk_ids
-    owner = torch.where(ids >= 0, ids // a2a.local_experts, -1)
-    rows = sum(int((owner == r).any(dim=1).sum()) for r in range(a2a.world_size) if r != a2a.rank)
+def _bytes(case: Case, a2a: AllToAll, rows: int) -> list[int]:
+    """[what this rank stores into its peers' memory in a step, both ways; payload alone]. rows: that leave it."""
+    config = a2a.config
     row = (config.hidden_size + 4 * config.groups if case.fp8 else config.row_bytes) + config.row_bytes
     peers = a2a.world_size - 1
     if case.layout == "masked":
         # To every peer: tables and weights of all tokens, counts, header, two flags.
-        beside = peers * (ids.numel() * 8 + a2a.local_experts * 4 + 5 * 8 + 2 * 8)
+        beside = peers * (case.tokens * case.top_k * 8 + a2a.local_experts * 4 + 5 * 8 + 2 * 8)
     else:
         # With each row: ids, weights, source. To every peer: counts for ranks and experts, header, three flags.
         beside = rows * (config.top_k * 12 + 4) + peers * ((a2a.world_size + a2a.local_experts) * 4 + 7 * 8 + 3 * 8)
@@ -160,8 +160,8 @@ def entry(
     everyone: Sequence[Result],
     compared: dict[str, Result],
 ) -> Result:
-    """The JSON entry of a case in one mode. everyone: {"times", "failed", "bytes"} of each rank; compared: what each
-    baseline's entry says beside its times."""
+    """The JSON entry of a case in one mode. everyone: {"times", "failed", "bytes", "brought"} of each rank; compared:
+    what each baseline's entry says beside its times."""
     failed = {name: f"rank {r}: {text}" for r, rank in enumerate(everyone) for name, text in rank["failed"].items()}
 
     def of(name: str) -> Result:
@@ -176,6 +176,7 @@ def entry(
         **heading(case, a2a, "cuda", mode, problems),
         "name": f"{case.name} {mode}",
         **of("ours"),
+        **spread([rank["times"]["ours"] for rank in everyone], [rank["brought"] for rank in everyone]),
         "transport_us": None,
         "network_us": None,
         "wire_bytes": sum(rank["bytes"][0] for rank in everyone),
