@@ -309,14 +309,21 @@ def test_the_baselines_of_the_command_are_those_that_exist() -> None:
 # Plots over T, K and E
 
 
-def made_up(tokens: int, top_k: int, experts: int, dtype: str, correct: bool = True) -> dict[str, Any]:
+def made_up(tokens: int, top_k: int, experts: int, dtype: str, correct: bool = True, **also: Any) -> dict[str, Any]:
     us = {"p50": 10.0 + tokens * top_k / 50, "p90": 0.0, "p99": 0.0}
     times = {"dispatch_us": us, "combine_us": us, "both_us": us}
     shape = {"ranks": 2, "hidden": 7168, "routing": "uniform", "tokens": tokens, "top_k": top_k, "experts": experts}
     beside = {"nccl": {"problem": None, **times}, "deep_ep": {"problem": "rank 0: wrong"}}
     return {
-        **shape, **times, "device": "cuda", "mode": "graph", "dtype": dtype, "correct": correct, "baselines": beside,
+        **shape, **times, "device": "cuda", "layout": "masked", "mode": "graph", "dtype": dtype, "correct": correct,
+        "baselines": beside, **also,
     }  # fmt: skip
+
+
+def prefill(tokens: int, routing: str, sms: int, **also: Any) -> dict[str, Any]:
+    worst = {f"{part}_us": {"p50": tokens / sms, "rank": 1, "rows": tokens} for part in ("dispatch", "combine", "both")}
+    it = {"layout": "contiguous", "routing": routing, "num_sms": sms, "worst_rank": worst, **also}
+    return made_up(tokens, 8, 256, "bf16", **it)
 
 
 def draw(tmp_path: pathlib.Path, entries: list[dict[str, Any]]) -> subprocess.CompletedProcess[str]:
@@ -333,6 +340,30 @@ def test_plots_are_drawn_from_the_json(tmp_path: pathlib.Path) -> None:
     assert done.returncode == 0, done.stderr
     for name in ("gpu_tokens.png", "gpu_topk_experts.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert "gpu_contiguous.png was not drawn" in done.stderr
+
+
+def test_contiguous_steps_are_drawn_apart_from_masked_ones(tmp_path: pathlib.Path) -> None:
+    entries = [
+        prefill(tokens, routing, sms, baselines={} if sms == 16 else {"nccl": {"dispatch_us": {"p50": 900.0}}})
+        for tokens in (4096, 8192)
+        for routing in ("uniform", "zipf-packed:1.2")
+        for sms in (16, 24)
+    ]
+    done = draw(tmp_path, [made_up(4096, 8, 256, "bf16"), *entries])
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "gpu_contiguous.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "gpu_tokens.png").exists()
+
+
+def test_a_file_of_another_program_is_refused(tmp_path: pathlib.Path) -> None:
+    call = [sys.executable, str(ROOT / "bench" / "plot_gpu.py"), str(ROOT / "bench" / "results" / "gpu_kernels.json")]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*call, "--out", str(tmp_path)], capture_output=True, text=True, timeout=120, env=env, check=False
+    )
+    assert done.returncode == 1
+    assert "gpu_kernels.json has no cases" in done.stderr
 
 
 def test_nothing_is_drawn_from_entries_that_were_wrong(tmp_path: pathlib.Path) -> None:
