@@ -105,7 +105,7 @@ def contiguous_panel(axes: Any, entries: list[Entry], part: str) -> None:
             with_it = [e for e in points if f"{part}_us" in e["baselines"].get(name, {})]
             x, y = [e["tokens"] for e in with_it], [e["baselines"][name][f"{part}_us"]["p50"] for e in with_it]
             if with_it:
-                axes.plot(x, y, ":", color=colour, label=f"{name}, {routing}, {dtype}", **style)
+                axes.plot(x, y, ":", color=colour, label=f"{name} (all ranks), {routing}, {dtype}", **style)
     finish(axes, found, "tokens")
     axes.set_title(f"{part}, {axes.get_title()}", fontsize=9)
 
@@ -169,7 +169,9 @@ def main() -> None:
         labels = {
             text: line for place in axes[0] for line, text in zip(*place.get_legend_handles_labels(), strict=True)
         }
-        axes[0][-1].legend(labels.values(), labels.keys(), fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        axes[0][-1].legend(
+            labels.values(), labels.keys(), handlelength=3, fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0)
+        )
         save(figure, arguments.out / f"{name}.png")
     print("\n".join(missing), file=sys.stderr)
     sys.exit(1 if len(missing) == len(figures) else 0)

@@ -21,9 +21,11 @@ from moe_a2a import AllToAll
 from moe_a2a.bench import baselines, command, gpu, report
 from moe_a2a.bench.baselines import Baselines, OurStep, why_absent
 from moe_a2a.bench.cases import Case
+from moe_a2a.bench.check import check_case
 from moe_a2a.bench.low_latency import expert_rows
+from moe_a2a.config import Options
 from moe_a2a.fp8 import quantize
-from moe_a2a.types import Masked
+from moe_a2a.types import LAYOUTS, Layout, Masked
 
 ROOT = pathlib.Path(__file__).parents[1]
 TIMES = {"dispatch": [1.0, 2.0, 3.0], "combine": [2.0, 3.0, 4.0], "both": [3.0, 5.0, 7.0], "event": [0.5]}
@@ -279,6 +281,39 @@ def test_a_baseline_that_fails_while_it_is_timed_does_not_end_the_run(monkeypatc
     assert found["correct"] is True
     with pytest.raises(RuntimeError, match="capturing"):
         gpu._measure({"ours": runners["deep_ep"]}, "graph", 3)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
+def test_a_case_checks_what_it_times_in_each_mode(
+    layout: Layout, dtype: str, play: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a CPU rank in place of the GPU's."""
+    checked = []
+
+    def check(case: Case, a2a: AllToAll, step: int, apart: bool) -> str | None:
+        checked.append(apart)
+        return check_case(case, a2a, step, apart)
+
+    def measure(runner: Any, mode: str, iterations: int) -> Any:
+        for _ in range(3):
+            runner.combine(runner.dispatch())
+        return TIMES
+
+    monkeypatch.setattr(gpu, "AllToAll", lambda config, device, options: AllToAll(config, options=options))
+    monkeypatch.setattr(gpu, "check_case", check)
+    monkeypatch.setattr(gpu, "measure", measure)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    of = Case(6, 256, 2, 8, dtype, layout, "zipf-packed", 3, 1, None if layout == "masked" else 16)
+    entries = gpu.run_gpu_case(of, ["graph", "eager"], Options(), Baselines((), (), torch.device("cpu")))
+    assert checked == ([True, False] if layout == "masked" else [False])
+    assert [entry["mode"] for entry in entries] == ["graph", "eager"]
+    for found in entries:
+        assert found["correct"], found["problems"]
+        assert found["by_rank"]["rows"] == [6]
+        assert found["by_rank"]["expert_rows"] == [12]
+        assert found["num_sms"] == of.num_sms
+    assert f"{of.name}: buffers" in capsys.readouterr().err
 
 
 def test_what_is_wrong_with_ours_is() -> None:

@@ -52,7 +52,7 @@ def run_gpu_case(case: Case, modes: Sequence[str], options: Options, baselines: 
         compared = _beside(gather.all_gather(wrong, options.timeout_s), case, baselines)
         clock.append(time.monotonic())
         entries = []
-        brought = rows_to(case.inputs(a2a.rank, 1, device).topk_ids, a2a.local_experts, a2a.world_size)
+        brought = rows_to(case.inputs(a2a.rank, 1, a2a.device).topk_ids, a2a.local_experts, a2a.world_size)
         leave = sum(brought["rows"]) - brought["rows"][a2a.rank]
         for mode in modes:
             # What is wrong is not timed, and on no rank: a step is collective.
