@@ -1,6 +1,6 @@
 """Contiguous dispatch, second launch: store this rank's tokens straight into their final places.
 
-A token's row is stored once for each rank that it goes to, this one included, at
+A token's row is loaded once and stored once for each rank that it goes to, this one included, at
 
     rows that the ranks before this one send there + tokens before it that go there
 
@@ -42,7 +42,10 @@ _WARPS = 32  # with one program an SM, all that can be in flight there comes fro
 _QUANTISING_WARPS = 16  # registers for twice as many elements a thread
 _TILE = 8192  # words, or elements that are quantised, of a work item
 _PART = 512  # of them, of one row: 7168 columns of any kind are a multiple, so that no thread goes without
-_META = 32  # tokens whose ids and weights, or given scales, go at once
+_META = 128  # tokens whose ids and weights, or given scales, go at once
+#: Programs, at most, for rows that go as they are. One stores 46 GB/s; where half of that is for this GPU, these fill a
+#: link, which gives less when more wait for it. See docs/decisions.md.
+_MOST_PROGRAMS = 15
 #: counts int32 [E_l], tokens_per_rank int32 [R], came int32 [R + 2]: what contiguous_recv writes.
 Received = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -56,17 +59,18 @@ def _row_pointers(base, place, BYTES: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def send_words(
-    t0, part, x, hits, within, starts, first, to, tokens, rank, BEGIN: tl.constexpr, END: tl.constexpr,
-    WORDS: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr, L: tl.constexpr,
+    t0, part, x, hits, within, starts, first, to, tokens, rank, WORDS: tl.constexpr, ROWS: tl.constexpr,
+    PART: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
-    """PART 4-byte words of each of ROWS rows, from token t0 on, for the ranks BEGIN + 1 to END after this one."""
+    """PART 4-byte words of each of ROWS rows, from token t0 on, as they are."""
+    R: tl.constexpr = L.R
     t = t0 + tl.arange(0, ROWS)
     w = part * PART + tl.arange(0, PART)
     inside = (t < tokens)[:, None] & (w < WORDS)[None, :]
     words = tl.load(x + (t.to(tl.int64) * WORDS)[:, None] + w[None, :], mask=inside)
     hit = tl.load(hits + t, mask=t < tokens, other=0)
-    for i in tl.static_range(BEGIN, END):
-        r = (rank + 1 + i) % L.R
+    for i in tl.static_range(R):
+        r = (rank + 1 + i) % R  # far ones first
         place = pick(first, r, L) + index_of(t, t * 0 + r, within, starts, tokens, L)
         row = _row_pointers(pick(to, r, L) + L.rows, place, WORDS * 4, tl.int32)
         on = has_bit(hit, r) & (place < L.CAPACITY)
@@ -218,38 +222,15 @@ def _contiguous_send(
         for number in tl.range(pid, (count + META - 1) // META, programs, num_stages=1):
             t0 = (tl.full([], 0, tl.int32) + number) * META
             send_scales(t0, scales, hits, within, starts, first, to, tokens, report, MODE == 4, META, L)
-    items = (count + ROWS - 1) // ROWS * PARTS
-    if MODE == 1 or MODE == 2:
-        for number in tl.range(pid, items, programs, num_stages=1):
-            item = tl.full([], 0, tl.int32) + number
+    for number in tl.range(pid, (count + ROWS - 1) // ROWS * PARTS, programs, num_stages=1):
+        item = tl.full([], 0, tl.int32) + number
+        t0, part = item // PARTS * ROWS, item % PARTS
+        if MODE == 1 or MODE == 2:
             send_quantised(
-                item // PARTS * ROWS, item % PARTS, x, hits, within, starts, first, to, tokens, rank, report, MODE == 2,
-                ROWS, PART, L,
+                t0, part, x, hits, within, starts, first, to, tokens, rank, report, MODE == 2, ROWS, PART, L
             )  # fmt: skip
-    else:
-        # Some programs store into other ranks, the others into this one: a program that does both waits for the link
-        # with stores that do not need it, and a link that more programs feed in this way gives less.
-        rows = tl.sum(tl.where((r == rank)[:, None], matrix, 0), 0)
-        own = pick(rows, rank, L)
-        far = tl.sum(rows, 0) - own
-        near = (programs * own + (own + far) // 2) // tl.maximum(own + far, 1)
-        near = tl.minimum(tl.maximum(near, (own > 0).to(tl.int32)), programs - (far > 0).to(tl.int32))
-        others = programs - near
-        begin = tl.where(pid < others, pid, items)
-        for number in tl.range(begin, items, tl.maximum(others, 1), num_stages=1):
-            item = tl.full([], 0, tl.int32) + number
-            send_words(
-                item // PARTS * ROWS, item % PARTS, x, hits, within, starts, first, to, tokens, rank, 0, L.R - 1,
-                WORDS, ROWS, PART, L,
-            )  # fmt: skip
-        skip = tl.where(programs == 1, 0, others)  # who is alone does both
-        begin = tl.where(pid >= skip, pid - skip, items)
-        for number in tl.range(begin, items, tl.maximum(programs - skip, 1), num_stages=1):
-            item = tl.full([], 0, tl.int32) + number
-            send_words(
-                item // PARTS * ROWS, item % PARTS, x, hits, within, starts, first, to, tokens, rank, L.R - 1, L.R,
-                WORDS, ROWS, PART, L,
-            )  # fmt: skip
+        else:
+            send_words(t0, part, x, hits, within, starts, first, to, tokens, rank, WORDS, ROWS, PART, L)
 
     if is_last(live + (L.FINISHED + L.DISPATCH), programs):
         on = (r < L.R) & has_bit(want, r.to(tl.int64))
@@ -302,6 +283,8 @@ def contiguous_send(
     columns = layout.H if quantise else words
     part = min(128 * power_of_two_at_least(layout.G) if quantise else power_of_two_at_least(words), _PART, _TILE)
     rows_at_once, parts = _TILE // part, -(-columns // part)
+    if not quantise:
+        programs = min(programs, _MOST_PROGRAMS)
     launch(
         _contiguous_send,
         max(1, min(-(-x.shape[0] // rows_at_once) * parts, programs)),

@@ -109,7 +109,7 @@ def _round_send(
                 t0, part, x, hits, within, starts, first, to, end, rank, report, MODE == 2, ROWS, PART, L
             )  # fmt: skip
         else:
-            send_words(t0, part, x, hits, within, starts, first, to, end, rank, 0, L.R, WORDS, ROWS, PART, L)
+            send_words(t0, part, x, hits, within, starts, first, to, end, rank, WORDS, ROWS, PART, L)
 
     if is_last(live + (L.FINISHED + L.DISPATCH), programs):
         excluding = tl.where(is_void, 1, 0) + r * 0
