@@ -142,8 +142,9 @@ def agreed(block, arrived, step, epoch, routing, BITS: tl.constexpr, L: tl.const
     fits &= tl.load(header + L.HEADER_BITS, mask=on, other=-1) == BITS
     fits &= tl.load(header + L.HEADER_ROUTING, mask=on, other=-1) == routing
     fits &= (tokens >= 0) & (tokens <= L.M)
+    # Loaded whether or not the headers fit: after them would be a round trip more.
     counts = (block + L.matrix).to(tl.pointer_type(tl.int32)) + s[:, None] * (L.R + 1) + s[None, :]
-    matrix = tl.load(counts, mask=fits[:, None] & (s < L.R)[None, :], other=0)
+    matrix = tl.load(counts, mask=on[:, None] & (s < L.R)[None, :], other=0)
     fits &= tl.min(((matrix >= 0) & (matrix <= tokens.to(tl.int32)[:, None])).to(tl.int32), 1) > 0
     return lane_bits(fits, s.to(tl.int64)), tl.where(fits[:, None], matrix, 0)
 
@@ -187,7 +188,11 @@ def _contiguous_layout(
             item = tl.full([], 0, tl.int32) + number  # the interpreter's loops count in Python ints
             _count(item, ids, hits, within, starts, chosen, experts, report, tokens, mask, L)
 
-    if is_last(live + (L.FINISHED + L.LAYOUT), tl.num_programs(0)):
+    if KNOWN:
+        last = pid == 0  # there is no other
+    else:
+        last = is_last(live + (L.FINISHED + L.LAYOUT), tl.num_programs(0))
+    if last:
         e = tl.arange(0, E_PAD)
         if KNOWN:
             rows = tl.load(starts + blocks * L.R + r, mask=r < L.R, other=0)
@@ -206,7 +211,8 @@ def _contiguous_layout(
         if KNOWN:
             followed = tl.load(routing + L.ROUTING_STEP)
             missing |= tl.load(routing + L.ROUTING_MASK) ^ mask
-            overwritten = tl.load(live + L.TABLES + tl.load(routing + L.ROUTING_BLOCK)) != followed
+            even, odd = tl.load(live + L.TABLES), tl.load(live + (L.TABLES + 1))
+            overwritten = tl.where(tl.load(routing + L.ROUTING_BLOCK) == 0, even, odd) != followed
             missing |= tl.where(overwritten, tl.full([], 1, tl.int64) << rank, 0)
 
         on = (r < L.R) & has_bit(mask, r.to(tl.int64))

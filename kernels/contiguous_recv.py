@@ -52,13 +52,13 @@ def _pack(block, row, on, packed, L: tl.constexpr):
         tl.store(packed + w * L.CAPACITY + row, word, mask=on)
 
 
-@triton.jit(do_not_specialize=["rank", "own_block"])
-def _contiguous_recv(
-    counts, tokens_per_rank, packed, region, control, alive, live, handle, came, routing, report, rank, own_block,
-    BITS: tl.constexpr, KNOWN: tl.constexpr, WEIGHTS: tl.constexpr, PACK: tl.constexpr, BLOCK: tl.constexpr,
+@triton.jit
+def receive_rows(
+    pid, programs, counts, tokens_per_rank, packed, region, control, alive, live, handle, came, routing, report, rank,
+    own_block, BITS: tl.constexpr, KNOWN: tl.constexpr, WEIGHTS: tl.constexpr, PACK: tl.constexpr, BLOCK: tl.constexpr,
     EXPERTS: tl.constexpr, L: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
+    """What program `pid` of `programs` does."""
     step = tl.load(handle + L.STEP)
     before = tl.load(handle + L.MISSING)
     want = tl.load(handle + L.VIEW_MASK) & ~before
@@ -83,7 +83,7 @@ def _contiguous_recv(
     total = tl.sum(rows, 0)
 
     into = region.to(tl.int64) + own_block.to(tl.int64) * L.parity_bytes
-    for number in range(pid * BLOCK, L.CAPACITY, tl.num_programs(0) * BLOCK):
+    for number in range(pid * BLOCK, L.CAPACITY, programs * BLOCK):
         row = number + tl.arange(0, BLOCK)
         if not KNOWN:
             _clear(into, row, (row >= total) & (row < L.CAPACITY), WEIGHTS, L)
@@ -105,6 +105,18 @@ def _contiguous_recv(
         tl.store(handle + L.RECEIVED, tl.where(whole, good, 0))
         tl.store(handle + L.LONGEST, tl.max(rows, 0).to(tl.int64))
         report_missing(want & ~good, want & ~good & ~excluded, rank, handle, live, alive, report, L)
+
+
+@triton.jit(do_not_specialize=["rank", "own_block"])
+def _contiguous_recv(
+    counts, tokens_per_rank, packed, region, control, alive, live, handle, came, routing, report, rank, own_block,
+    BITS: tl.constexpr, KNOWN: tl.constexpr, WEIGHTS: tl.constexpr, PACK: tl.constexpr, BLOCK: tl.constexpr,
+    EXPERTS: tl.constexpr, L: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    receive_rows(
+        tl.program_id(0), tl.num_programs(0), counts, tokens_per_rank, packed, region, control, alive, live, handle,
+        came, routing, report, rank, own_block, BITS, KNOWN, WEIGHTS, PACK, BLOCK, EXPERTS, L, LANES,
+    )  # fmt: skip
 
 
 def contiguous_recv(

@@ -11,7 +11,8 @@ Memory-ordering contract
     Runs after contiguous_layout on the same stream. Waits for the LAYOUT flag of every rank in the handle's view
     (acquire): a flag also says that its rank is done with the block that it wants its rows in. Stores rows, scales,
     ids, weights and source numbers with plain stores; then the last program stores the row that it began with into the
-    header on each rank, meets at a CTA barrier, and raises one DISPATCH flag there, with system-scope release.
+    header on each rank, meets at a CTA barrier, and raises one DISPATCH flag there, with system-scope release. With
+    RECEIVE it then waits for the others' as contiguous_recv does, and does the rest of the dispatch.
 
 Nobody may be missing
     Ranks that disagree about who takes part would disagree about where rows lie. So a rank that misses anyone sends no
@@ -32,6 +33,7 @@ from moe_a2a.gpu.routing import Routing
 from moe_a2a.kernels import casts
 from moe_a2a.kernels.bad_input import report_bad, report_bad_weights
 from moe_a2a.kernels.contiguous_layout import agreed, index_of, report_missing
+from moe_a2a.kernels.contiguous_recv import receive_rows
 from moe_a2a.kernels.formats import QUANTISE, QUANTISE_POW2
 from moe_a2a.kernels.launch import launch, stages, warps
 from moe_a2a.kernels.signals import has_bit, is_last, pick, raise_flags, wait
@@ -43,6 +45,8 @@ _TILE = 8192  # words, or elements that are quantised, of a work item
 _PART = 512  # of them, of one row: 7168 columns of any kind are a multiple, so that no thread goes without
 _META = 32  # tokens whose ids and weights, or given scales, go at once
 _LOAD, _STORE = "", ""  # cache modifiers of rows
+#: counts int32 [E_l], tokens_per_rank int32 [R], came int32 [R + 2]: what contiguous_recv writes.
+Received = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @triton.jit
@@ -174,11 +178,12 @@ def tell_host(host, ticket, block, good, matrix, rank, EXPERTS: tl.constexpr, L:
     tl.store(host + L.R + e, mark | (total.to(tl.int64) & 0xFFFFFFFF), mask=e < L.E_L)
 
 
-@triton.jit(do_not_specialize=["tokens", "rank", "ticket"])
+@triton.jit(do_not_specialize=["tokens", "rank", "ticket", "own_block"])
 def _contiguous_send(
     x, weights, scales, region, peers, control, alive, live, handle, hits, within, starts, chosen, routing, host,
-    report, tokens, rank, ticket,
-    MODE: tl.constexpr, WEIGHTS: tl.constexpr, LARGEST: tl.constexpr, KNOWN: tl.constexpr, BITS: tl.constexpr,
+    counts, tokens_per_rank, came, report, tokens, rank, ticket, own_block,
+    MODE: tl.constexpr, WEIGHTS: tl.constexpr, LARGEST: tl.constexpr, KNOWN: tl.constexpr, RECEIVE: tl.constexpr,
+    BITS: tl.constexpr,
     WORDS: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr, META: tl.constexpr,
     EXPERTS: tl.constexpr, STAGES: tl.constexpr, LOAD: tl.constexpr, STORE: tl.constexpr, L: tl.constexpr,
     LANES: tl.constexpr,
@@ -198,7 +203,7 @@ def _contiguous_send(
     good, matrix = agreed(mine, arrived & ~excluded, step, epoch, followed, BITS, L)
     first = tl.sum(tl.where((r < rank)[:, None], matrix, 0), 0)
     wanted = (mine + L.matrix).to(tl.pointer_type(tl.int32)) + r * (L.R + 1) + L.R
-    in_block = tl.load(wanted, mask=(r < L.R) & has_bit(good, r.to(tl.int64)), other=0) & 1
+    in_block = tl.load(wanted, mask=(r < L.R) & has_bit(arrived, r.to(tl.int64)), other=0) & 1
     to = bases + in_block.to(tl.int64) * L.parity_bytes
     whole = (good == want) & (before == 0)
     if pid == 0:
@@ -238,6 +243,11 @@ def _contiguous_send(
         tl.debug_barrier()
         value = 2 * step + tl.where(whole, 0, 1) + (r * 0).to(tl.int64)
         raise_flags(bases, block + L.flags + L.DISPATCH * L.R * 8, rank, value, want, L)
+        if RECEIVE:
+            receive_rows(
+                0, 1, counts, tokens_per_rank, counts, region, control, alive, live, handle, came, routing, report,
+                rank, own_block, BITS, True, False, False, 1, EXPERTS, L, LANES,
+            )  # fmt: skip
 
 
 def contiguous_send(
@@ -250,6 +260,7 @@ def contiguous_send(
     bits: int,
     known: bool,
     ticket: int,
+    received: Received | None,
     *,
     largest_weight: float,
     region: torch.Tensor,
@@ -261,12 +272,14 @@ def contiguous_send(
     routing: Routing,
     host: torch.Tensor,
     report: torch.Tensor,
+    own_block: int,
     programs: int,
 ) -> None:
     """Launch. x: [T, H], payload dtype, or FP8 for GIVEN; weights: fp32 [T, K] or None; scales: fp32 [T, H/128] for
-    GIVEN; known: ids and weights are there from an earlier step; ticket: a number of this dispatch, 31 bits;
-    largest_weight: beyond it weights are reported; host: int64 [R + E_l] of pinned memory; programs: the most to
-    launch, one for each SM. The others: `Layout`, `Routing`."""
+    GIVEN; known: ids and weights are there from an earlier step; ticket: a number of this dispatch, 31 bits; received:
+    do what contiguous_recv does as well, which for rows that are known and whose scales stay as they are is little;
+    largest_weight: beyond it weights are reported; host: int64 [R + E_l] of pinned memory; own_block: where this rank
+    wants its rows; programs: the most to launch, one for each SM. The others: `Layout`, `Routing`."""
     quantise = mode in (QUANTISE, QUANTISE_POW2)
     rows = x if quantise else x.view(torch.int32)
     words = layout.H * x.element_size() // 4
@@ -293,16 +306,19 @@ def contiguous_send(
             routing.chosen,
             routing.words,
             host,
+            *(received or (routing.words,) * 3),
             report,
             x.shape[0],
             rank,
             ticket,
+            own_block,
         ),
         (
             mode,
             weights is not None,
             largest_weight,
             known,
+            received is not None,
             bits,
             words,
             rows_at_once,

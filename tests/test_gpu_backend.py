@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -334,6 +335,40 @@ def _late(ctx: Ctx) -> None:
 
 def test_a_rank_that_does_not_come_is_missing_and_all_are_told(pool: RankPool) -> None:
     pool.call(_late)
+
+
+def _followed(ctx: Ctx) -> None:
+    """Contiguous steps, and steps that follow their routing, in whole calls and in halves; one goes without combine."""
+    with gpu_ranks(ctx) as a2a:
+        for number, fp8 in enumerate((None, "fp32", "ue8m0")):
+            case = CASE.replace(fp8=fp8, layouts=("contiguous",))
+            world = world_of(case, 2, number)
+            args, more = dispatch_args(case, world, ctx.rank)
+            forms = {name: more[name] for name in ("fp8", "scales") if more.get(name) is not None}
+            got = a2a.dispatch(*args, layout="contiguous", **more)
+            a2a.discard(got.handle)
+            for whole in (True, False, True):
+                if whole:
+                    again = a2a.dispatch(args[0], layout="contiguous", like=got.handle, **forms)
+                else:
+                    sent = a2a.dispatch_send(args[0], layout="contiguous", like=got.handle, **forms)
+                    again = a2a.dispatch_recv(sent)
+                n = int(again.tokens_per_rank.sum())
+                names = ("x", "topk_ids", "topk_weights", "source", "scales")
+                rows = {name: None if getattr(again, name) is None else getattr(again, name)[:n] for name in names}
+                came = replace(again, **rows)
+                check_dispatched(case, world, ctx.rank, came)
+                if number == 1:
+                    a2a.discard(again.handle)
+                    continue
+                y = torch.full(again.x.shape, torch.nan, dtype=case.dtype)
+                y[:n] = expert_output(case, world, ctx.rank, came)
+                check_sum(case, world, ctx.rank, a2a.hosts, a2a.combine(y, again.handle))
+        a2a.check()
+
+
+def test_contiguous_steps_follow_a_routing(pool: RankPool) -> None:
+    pool.call(_followed)
 
 
 def _deep_ep(ctx: Ctx, steps: Callable[[Ctx], None]) -> None:

@@ -99,7 +99,7 @@ class GpuBackend:
                 # With host_counts, the rows that it needs are not known yet.
                 rows = 0 if host_counts else most
                 self.contiguous.check_out(out, FP8 if quantised else self.config.dtype, rows)
-            handle = self.dispatch_send(x, topk_ids, topk_weights, scales, fp8, channel, layout, like)
+            handle = self._dispatch_send(x, topk_ids, topk_weights, scales, fp8, channel, layout, like, not host_counts)
             try:
                 return self.dispatch_recv(handle, layout, alignment, out, host_counts)
             except InputError as error:  # out is too small for what arrived: the step is open, and not to be lost
@@ -123,6 +123,20 @@ class GpuBackend:
         layout: Layout | None,
         like: Handle | None,
     ) -> Handle:
+        return self._dispatch_send(x, topk_ids, topk_weights, scales, fp8, channel, layout, like, False)
+
+    def _dispatch_send(
+        self,
+        x: torch.Tensor,
+        topk_ids: torch.Tensor | None,
+        topk_weights: torch.Tensor | None,
+        scales: torch.Tensor | None,
+        fp8: ScaleFormat | None,
+        channel: str | None,
+        layout: Layout | None,
+        like: Handle | None,
+        whole: bool,
+    ) -> Handle:
         handle: GpuHandle | ContiguousHandle
         self._ready()
         with self._current():
@@ -131,7 +145,7 @@ class GpuBackend:
                 handle = self.rank.dispatch_send(x, ids, topk_weights, scales=scales, fp8=fp8, channel=channel)
             else:
                 handle = self.contiguous.dispatch_send(
-                    x, topk_ids, topk_weights, scales=scales, fp8=fp8, channel=channel, like=like
+                    x, topk_ids, topk_weights, scales=scales, fp8=fp8, channel=channel, like=like, whole=whole
                 )
                 handle.layout = layout
         return handle

@@ -88,7 +88,7 @@ class ContiguousRank:
             routing = Routing.empty(layout, self.device) if captured else extra.free_routing(turns.open)
         else:
             earlier = followed(like, base, name, extra, turns, captured)
-            check_like(topk_ids, topk_weights, tokens, earlier.tokens)
+            check_like(topk_ids, topk_weights, tokens, earlier.routed)
             routing, tables = earlier.routing, earlier.tables
             base._check_free(turns)
         turns.calls += 1
@@ -124,12 +124,17 @@ class ContiguousRank:
         turns.open.append(handle)
         return handle
 
-    def dispatch_rows(self, handle: ContiguousHandle) -> None:
-        """Launch the sending of rows, after `dispatch_layout`. Raises HandleError."""
+    def dispatch_rows(self, handle: ContiguousHandle, *, receive: bool = False) -> None:
+        """Launch the sending of rows, after `dispatch_layout`. receive: and what `dispatch_recv` would launch, of steps
+        whose routing is known and whose scales need no packing. Raises HandleError."""
         mine, state = self._step(handle, Phase.SENT)
         sent, mine.sent = mine.sent, None
         if sent is None:
             raise HandleError(f"{mine!r}: its rows are sent already")
+        received = None
+        if receive:
+            mine.shown = shown = self._output(state, mine)
+            received = (shown.counts, shown.tokens_per_rank, mine.slot.places)
         contiguous_send(
             self.layout,
             self.base.rank,
@@ -140,6 +145,7 @@ class ContiguousRank:
             mine.bits,
             mine.known,
             mine.ticket,
+            received,
             largest_weight=self.base._largest_weight,
             region=state.region,
             peers=state.peers,
@@ -150,6 +156,7 @@ class ContiguousRank:
             routing=mine.routing,
             host=mine.slot.host,
             report=self.base.report,
+            own_block=mine.block,
             programs=self._programs,
         )
 
@@ -173,29 +180,31 @@ class ContiguousRank:
             counts_list = padded(words[layout.R :], alignment)
         if out is not None:
             self.check_out(out, dtype, most)
-        shown = self._output(state, mine)
         if mine.wait_times is not None:
             base._watch(mine, layout.DISPATCH)
-        contiguous_recv(
-            layout,
-            base.rank,
-            shown.counts,
-            shown.tokens_per_rank,
-            shown.packed,
-            mine.bits,
-            mine.known,
-            mine.has_weights,
-            mine.block,
-            region=state.region,
-            control=base.control,
-            alive=base._alive,
-            live=state.live,
-            handle=mine.slot.handle,
-            came=mine.slot.places,
-            routing=mine.routing,
-            report=base.report,
-            programs=self._programs,
-        )
+        shown = mine.shown
+        if shown is None:
+            shown = self._output(state, mine)
+            contiguous_recv(
+                layout,
+                base.rank,
+                shown.counts,
+                shown.tokens_per_rank,
+                shown.packed,
+                mine.bits,
+                mine.known,
+                mine.has_weights,
+                mine.block,
+                region=state.region,
+                control=base.control,
+                alive=base._alive,
+                live=state.live,
+                handle=mine.slot.handle,
+                came=mine.slot.places,
+                routing=mine.routing,
+                report=base.report,
+                programs=self._programs,
+            )
         if mine.tables is None:
             mine.tables = (shown.ids, shown.weights if mine.has_weights else None, shown.source)
         ids, weights, source = mine.tables
@@ -237,10 +246,11 @@ class ContiguousRank:
         fp8: ScaleFormat | None = None,
         channel: str | None = None,
         like: Handle | None = None,
+        whole: bool = False,
     ) -> ContiguousHandle:
-        """`dispatch_layout` and `dispatch_rows`."""
+        """`dispatch_layout` and `dispatch_rows`. whole: `dispatch_recv` follows at once, on the same stream."""
         handle = self.dispatch_layout(x, topk_ids, topk_weights, scales=scales, fp8=fp8, channel=channel, like=like)
-        self.dispatch_rows(handle)
+        self.dispatch_rows(handle, receive=whole and handle.known and fp8 != "ue8m0")
         return handle
 
     # combine

@@ -51,8 +51,9 @@ class Sent:
 
 class ContiguousHandle(GpuHandle):
     """A contiguous step. layout: how its rows are wanted, contiguous or grouped. block: 0 or 1, where its received rows
-    lie; rows: how many were handed out.
+    lie; rows: how many were handed out; routed: how many tokens its routing is of, also when it is discarded.
 
+    shown: the results, if the launch that sends fills them in.
     grouping: of a step that was received as grouped: int32 [rows, K], where each choice's row lies among the
     grouped_rows that were handed out instead; weights: fp32 [rows, K], if they were given.
 
@@ -79,7 +80,8 @@ class ContiguousHandle(GpuHandle):
         self.sent: Sent | None = sent
         self.known, self.tables = sent.known, sent.tables
         self.routing, self.routing_call = routing, routing.call
-        self.block, self.rows = self.call % SLOTS, 0
+        self.block, self.rows, self.routed = self.call % SLOTS, 0, tokens
+        self.shown: Output | None = None
         self.layout: LayoutName = "contiguous"
         self.grouping: torch.Tensor | None = None
         self.weights: torch.Tensor | None = None

@@ -144,11 +144,16 @@ def test_a_masked_rank_is_left_out_and_a_late_one_waited_for_on_one_gpu() -> Non
     inputs = make_inputs(config, 1, 0, [3, 2, 3])
     there = [steps.there([i.x, i.topk_ids, i.topk_weights]) for i in inputs]
     out = steps.poisoned(None)[0]
-    # A stream in use already, of another priority: making one may wait for the device, and streams of one priority may
-    # share a hardware queue, where the late kernel would stand behind the one that waits for it.
+    # The late rank makes the same calls on its stream before: new memory for a stream is cudaMalloc's, which may wait
+    # for the device, and so does the first launch of a kernel. Streams of one priority may share a hardware queue.
     other = torch.cuda.Stream(priority=-1)
+    handles = [rank.dispatch_send(*given) for rank, given in zip(group.ranks[:2], there[:2], strict=True)]
     with torch.cuda.stream(other):
-        torch.zeros(1, device=group.device).add_(1)
+        other.wait_stream(torch.cuda.default_stream())
+        handles.append(group.ranks[2].dispatch_send(*there[2]))
+    torch.cuda.default_stream().wait_stream(other)
+    group.dispatch_recv(handles)
+    group.discard(handles)
     torch.cuda.synchronize()
     handle = group.ranks[0].dispatch_send(*there[0])
     got = group.ranks[0].dispatch_recv(handle, out=out)
