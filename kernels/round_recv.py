@@ -25,7 +25,7 @@ from moe_a2a.kernels.launch import launch, warps
 from moe_a2a.kernels.rounds import announce, bounds_of, forget_wait, number_of
 from moe_a2a.kernels.signals import is_last, pick, wait
 
-_WARPS = 32
+_WARPS = 16  # with twice as many, registers do not suffice for all forms
 _TILE = 8192  # words of a work item
 _PART = 512  # of them, of one row
 _META = 64  # rows whose ids, weights and scales go at once

@@ -29,7 +29,7 @@ from steps import (
     world_of,
 )
 
-from moe_a2a import AllToAll, HandleError, InputError, Masked, RankLost
+from moe_a2a import AllToAll, ConfigError, HandleError, InputError, Masked, RankLost
 from moe_a2a import reference as ref
 from moe_a2a.fp8 import FP8
 from moe_a2a.gpu.layout import Layout
@@ -337,9 +337,9 @@ def test_a_rank_that_does_not_come_is_missing_and_all_are_told(pool: RankPool) -
     pool.call(_late)
 
 
-def _followed(ctx: Ctx) -> None:
+def _followed(ctx: Ctx, capacity: int | None) -> None:
     """Contiguous steps, and steps that follow their routing, in whole calls and in halves; one goes without combine."""
-    with gpu_ranks(ctx) as a2a:
+    with gpu_ranks(ctx, recv_capacity=capacity) as a2a:
         for number, fp8 in enumerate((None, "fp32", "ue8m0")):
             case = CASE.replace(fp8=fp8, layouts=("contiguous",))
             world = world_of(case, 2, number)
@@ -367,8 +367,97 @@ def _followed(ctx: Ctx) -> None:
         a2a.check()
 
 
-def test_contiguous_steps_follow_a_routing(pool: RankPool) -> None:
-    pool.call(_followed)
+@pytest.mark.parametrize("capacity", [None, 2])
+def test_contiguous_steps_follow_a_routing(pool: RankPool, capacity: int | None) -> None:
+    pool.call(_followed, capacity, timeout=60.0)
+
+
+def _rounds(ctx: Ctx) -> None:
+    """Steps in three rounds of a token a rank, of which rank 0 makes one, because it asks how many there are."""
+    with gpu_ranks(ctx, recv_capacity=2) as a2a:
+        for number, layout in enumerate(("contiguous", "grouped", "contiguous", "grouped")):
+            case = CASE.replace(fp8="fp32" if number > 1 else None, layouts=(layout,), tokens=(3, 1 + number % 2))
+            if number == 2:
+                case = case.replace(tokens=(1, 1))
+            world = world_of(case, 2, number)
+            args, more = dispatch_args(case, world, ctx.rank)
+            got = a2a.dispatch(*args, layout=layout, host_counts=True, alignment=case.alignment, **more)
+            assert got.rounds == (1 if number == 2 else 3)
+            check_dispatched(case, world, ctx.rank, got)
+            out = a2a.combine(expert_output(case, world, ctx.rank, got), got.handle)
+            check_sum(case, world, ctx.rank, a2a.hosts, out)
+            counts = ctx.rank == 0
+            got = a2a.dispatch(*args, layout=layout, host_counts=counts, alignment=case.alignment, **more)
+            assert got.rounds == (1 if number == 2 and counts else 3)
+            if ctx.rank == number % 2:
+                a2a.combine(torch.zeros(got.x.shape, dtype=case.dtype), got.handle)
+            else:
+                a2a.combine_send(torch.zeros(got.x.shape, dtype=case.dtype), got.handle)
+                a2a.combine_recv(got.handle)
+            sent = a2a.dispatch_send(*args, layout=layout, **more)
+            if ctx.rank == number % 2:
+                sent = a2a.dispatch_recv(sent).handle
+            a2a.discard(sent)
+        case = CASE.replace(tokens=(1, 1))
+        world = world_of(case, 2, 0)
+        got = a2a.dispatch(*dispatch_args(case, world, ctx.rank)[0])
+        assert got.x.shape == (2, 2, 128)  # a token a rank
+        check_sum(case, world, ctx.rank, a2a.hosts, a2a.combine(expert_output(case, world, ctx.rank, got), got.handle))
+        with pytest.raises(InputError, match="a masked step has room for 1 of each rank, because recv_capacity is 2"):
+            a2a.dispatch(torch.zeros(2, 128, dtype=torch.bfloat16), torch.zeros(2, 2, dtype=torch.int64))
+        a2a.check()
+
+
+def test_contiguous_steps_may_go_in_rounds(pool: RankPool) -> None:
+    pool.call(_rounds, timeout=120.0)
+
+
+def _capacities(ctx: Ctx) -> None:
+    with pytest.raises(ConfigError, match=r"recv_capacity.*rank 1"):
+        gpu_ranks(ctx, recv_capacity=4 + ctx.rank)
+    with pytest.raises(
+        ConfigError, match="recv_capacity=1, and 2 ranks bring a token each: allowed are 2 rows or more"
+    ):
+        gpu_ranks(ctx, recv_capacity=1)
+
+
+def test_capacities_that_differ_or_are_too_small_are_refused_by_all(pool: RankPool) -> None:
+    pool.call(_capacities)
+
+
+def _late_for_a_round(ctx: Ctx) -> None:
+    """Rank 1 sends the first round, and receives nothing for longer than the budget."""
+    a2a = gpu_ranks(ctx, timeout_s=2.0, recv_capacity=2)
+    case = CASE.replace(layouts=("contiguous",), tokens=(3, 3))
+    world = world_of(case, 2, 0)
+    for _ in range(2):
+        args, _ = dispatch_args(case, world, ctx.rank)
+        got = a2a.dispatch(*args, layout="contiguous")
+        a2a.combine(torch.zeros_like(got.x), got.handle)
+    sent = a2a.dispatch_send(*args, layout="contiguous")
+    if ctx.rank == 0:
+        began = time.monotonic()
+        got = a2a.dispatch_recv(sent)
+        assert 1.9 < time.monotonic() - began < 6.0
+        out = a2a.combine(torch.zeros_like(got.x), sent)
+        assert int(got.tokens_per_rank.sum()) == 0 and (got.topk_ids == -1).all() and (out == 0).all()
+        assert a2a.missing(sent) == [1] and time.monotonic() - began < 8.0
+        ctx.store.set("rank 1 was given up in a round", "1")
+    else:
+        ctx.store.wait(["rank 1 was given up in a round"])
+        time.sleep(0.3)  # for the thread that hears of it
+        got = a2a.dispatch_recv(sent)
+        out = a2a.combine(torch.zeros_like(got.x), sent)
+        assert int(got.tokens_per_rank.sum()) == 0 and (out == 0).all() and a2a.missing(sent) == [0]
+    with pytest.raises(RankLost) as caught:
+        a2a.check()
+    assert ctx.rank == 1 or caught.value.ranks == (1,)
+    ctx.barrier("both were told of the round")
+    a2a.close()
+
+
+def test_a_rank_that_does_not_come_to_a_round_is_missing(pool: RankPool) -> None:
+    pool.call(_late_for_a_round)
 
 
 def _deep_ep(ctx: Ctx, steps: Callable[[Ctx], None]) -> None:

@@ -36,8 +36,9 @@ class RoundsRank(ContiguousRank):
     """`ContiguousRank` in rounds. What differs: arguments of a dispatch must stay unchanged until its receiving half
     has run, and y until that of combine has; and results are not views of the channel's memory, but the caller's."""
 
-    def dispatch_rows(self, handle: ContiguousHandle) -> None:
-        """Launch the first round's sending, after `dispatch_layout`. Raises HandleError."""
+    def dispatch_rows(self, handle: ContiguousHandle, *, receive: bool = False) -> None:
+        """Launch the first round's sending, after `dispatch_layout`. receive changes nothing: rows have to be moved.
+        Raises HandleError."""
         mine, state = self._step(handle, Phase.SENT)
         if mine.rounds:
             raise HandleError(f"{mine!r}: its rows are sent already")

@@ -201,8 +201,8 @@ class Member:
         self.a2a.close()
 
 
-def _all_forms(ctx: Ctx, gpus: tuple[int, ...], config: Config) -> None:
-    member = Member(ctx, gpus, config)
+def _all_forms(ctx: Ctx, gpus: tuple[int, ...], config: Config, capacity: int | None = None) -> None:
+    member = Member(ctx, gpus, config, recv_capacity=capacity)
     most = config.max_tokens_per_rank
     for number, fp8 in enumerate((None, "fp32", "pow2", "ue8m0")):
         for tokens in ([most] * ctx.world, [(97 * r + 5) % (most + 1) for r in range(ctx.world)]):
@@ -222,8 +222,8 @@ def test_the_sizes_of_deepseek_v3_match_the_oracle() -> None:
     run_ranks(_all_forms, 2, (0, 1), Config(**DEEPSEEK_V3, max_tokens_per_rank=700), timeout=500)
 
 
-def _random_steps(ctx: Ctx, gpus: tuple[int, ...], steps: int) -> None:
-    member = Member(ctx, gpus, SMALL)
+def _random_steps(ctx: Ctx, gpus: tuple[int, ...], steps: int, capacity: int | None = None) -> None:
+    member = Member(ctx, gpus, SMALL, recv_capacity=capacity)
     chance = random.Random(7)  # the same on every rank
     earlier: tuple[list[Inputs], Handle, int] | None = None
     for number in range(steps):
@@ -243,7 +243,7 @@ def _random_steps(ctx: Ctx, gpus: tuple[int, ...], steps: int) -> None:
             member.step(inputs, number, fp8, like=earlier[1], apart=apart, host_counts=counts)
         elif chance.random() < 0.2:
             x, ids, weights = member.mine(inputs)
-            few = SMALL.max_tokens_per_rank
+            few = Layout.of(SMALL, ctx.world, capacity=capacity).W
             got = member.a2a.dispatch(x[:few], ids[:few], weights[:few], fp8=fp8)
             member.a2a.combine(got.x if fp8 is None else torch.zeros_like(got.x, dtype=x.dtype), got.handle)
         else:
@@ -256,8 +256,8 @@ def test_random_steps_match_the_oracle(gpus: tuple[int, ...]) -> None:
     run_ranks(_random_steps, len(gpus), gpus, 150 if len(gpus) == 2 else 40, timeout=500)
 
 
-def _grouped(ctx: Ctx, gpus: tuple[int, ...], config: Config) -> None:
-    member = Member(ctx, gpus, config)
+def _grouped(ctx: Ctx, gpus: tuple[int, ...], config: Config, capacity: int | None = None) -> None:
+    member = Member(ctx, gpus, config, recv_capacity=capacity)
     most = config.max_tokens_per_rank
     for number, fp8 in enumerate((None, "fp32", "ue8m0")):
         for tokens, counts in (
@@ -336,9 +336,9 @@ def test_more_sms_than_there_are_are_refused_by_all_ranks() -> None:
     run_ranks(_too_many_sms, 2)
 
 
-def _graphs(ctx: Ctx, gpus: tuple[int, ...], turns: int) -> None:
+def _graphs(ctx: Ctx, gpus: tuple[int, ...], turns: int, capacity: int | None = None) -> None:
     """Every rank captures several sizes; in a turn, each replays the size that chance gives."""
-    member = Member(ctx, gpus, SMALL)
+    member = Member(ctx, gpus, SMALL, recv_capacity=capacity)
     for _ in range(2):
         member.step(member.inputs(0, [4] * ctx.world), 0)  # compiles
     sizes = (0, 1, 130, 300)
@@ -377,9 +377,9 @@ def test_graphs_of_different_sizes_share_buffers_and_meet_in_one_step(gpus: tupl
     run_ranks(_graphs, len(gpus), gpus, 40 if len(gpus) == 2 else 20, timeout=500)
 
 
-def _known_in_a_graph(ctx: Ctx, gpus: tuple[int, ...]) -> None:
+def _known_in_a_graph(ctx: Ctx, gpus: tuple[int, ...], capacity: int | None = None) -> None:
     """A graph with a step and one that follows it, replayed among other steps."""
-    member = Member(ctx, gpus, SMALL)
+    member = Member(ctx, gpus, SMALL, recv_capacity=capacity)
     tokens = [97 * (r + 1) % 301 for r in range(ctx.world)]
     inputs = member.inputs(0, tokens, holes=0.2)
     first = member.step(inputs, 0)  # compiles
@@ -449,3 +449,81 @@ def _hang(ctx: Ctx, gpus: tuple[int, ...], budget_s: float) -> None:
 
 def test_a_rank_that_hangs_costs_one_budget_and_is_named() -> None:
     run_ranks(_hang, 2, (0, GPUS - 1), 2.0)
+
+
+# -------------------------------------------------------------------------------------------------------------- rounds
+
+
+@pytest.mark.parametrize("ranks, capacity", [(2, 100), (4, 160), (8, 1192)])
+@pytest.mark.parametrize("fp8", [None, "fp32", "ue8m0"])
+def test_steps_in_rounds_match_the_oracle(ranks: int, capacity: int, fp8: ScaleFormat | None) -> None:
+    """In as many rounds as 150 tokens of each rank need: 3, 4 and 2."""
+    steps = ContiguousSteps(group_of(Config(**DEEPSEEK_V3, max_tokens_per_rank=150), ranks, recv_capacity=capacity))
+    for tokens in ([150] * ranks, [(67 * r) % 151 for r in range(ranks)], [0] * (ranks - 1) + [1], [0] * ranks):
+        steps.step(tokens, fp8, holes=0.1, routing="zipf")
+
+
+@pytest.mark.parametrize("gpus", PLACES)
+def test_all_forms_of_rows_and_sizes_go_in_rounds(gpus: tuple[int, ...]) -> None:
+    run_ranks(_all_forms, len(gpus), gpus, Config(64, 1024, 8, 300), 70 * len(gpus), timeout=500)
+
+
+@two_gpus
+def test_the_sizes_of_deepseek_v3_go_in_rounds() -> None:
+    run_ranks(_all_forms, 2, (0, 1), Config(**DEEPSEEK_V3, max_tokens_per_rank=700), 2 * 256, timeout=500)
+
+
+@pytest.mark.parametrize("gpus", PLACES)
+def test_random_steps_of_both_kinds_in_small_buffers_match_the_oracle(gpus: tuple[int, ...]) -> None:
+    run_ranks(_random_steps, len(gpus), gpus, 100 if len(gpus) == 2 else 30, 100 * len(gpus), timeout=500)
+
+
+@pytest.mark.parametrize("gpus", PLACES)
+def test_grouped_steps_go_in_rounds(gpus: tuple[int, ...]) -> None:
+    run_ranks(_grouped, len(gpus), gpus, Config(64, 1024, 8, 300), 128 * len(gpus), timeout=500)
+
+
+@pytest.mark.parametrize("gpus", PLACES)
+def test_graphs_of_different_sizes_meet_in_rounds(gpus: tuple[int, ...]) -> None:
+    run_ranks(_graphs, len(gpus), gpus, 30 if len(gpus) == 2 else 15, 100 * len(gpus), timeout=500)
+
+
+@pytest.mark.parametrize("gpus", PLACES)
+def test_a_routing_is_used_again_in_rounds_within_a_graph(gpus: tuple[int, ...]) -> None:
+    run_ranks(_known_in_a_graph, len(gpus), gpus, 100 * len(gpus), timeout=500)
+
+
+def _stops_between_rounds(ctx: Ctx, gpus: tuple[int, ...], budget_s: float) -> None:
+    """Rank 0 sends its first round, and then nothing."""
+    member = Member(ctx, gpus, SMALL, timeout_s=budget_s, recv_capacity=2 * 100)
+    whole = Layout.of(SMALL, ctx.world).region_bytes
+    assert member.a2a.buffer_bytes < 0.34 * whole + (4 << 20)  # rounded up to what the driver gives
+    inputs = member.inputs(0, [300] * ctx.world)
+    for _ in range(2):
+        member.step(inputs, 0)
+    x, ids, weights = member.mine(inputs)
+    sent = member.a2a.dispatch_send(x, ids, weights, layout="contiguous")
+    torch.cuda.synchronize()
+    ctx.barrier("the first round is sent")
+    if ctx.rank == 0:
+        ctx.store.wait(["told"])
+        member.a2a.close()
+        return
+    started = time.monotonic()
+    got = member.a2a.dispatch_recv(sent)
+    assert isinstance(got, Contiguous) and rows_of(got) == 0 and got.rounds == 3
+    out = member.a2a.combine(torch.zeros_like(got.x), sent)
+    torch.cuda.synchronize()
+    took = time.monotonic() - started
+    assert budget_s * 0.9 < took < budget_s * 1.7, took
+    assert (out == 0).all() and (got.topk_ids == -1).all()
+    assert member.a2a.missing(sent) == [0]
+    with pytest.raises(RankLost) as caught:
+        member.a2a.check()
+    assert caught.value.ranks == (0,)
+    ctx.store.set("told", "1")
+    member.a2a.close()
+
+
+def test_a_rank_that_stops_between_rounds_costs_one_budget_and_is_named() -> None:
+    run_ranks(_stops_between_rounds, 2, (0, GPUS - 1), 2.0)
