@@ -25,8 +25,8 @@ from moe_a2a.kernels.launch import launch, warps
 from moe_a2a.kernels.rounds import announce, bounds_of, flags_of, forget_wait
 from moe_a2a.kernels.signals import is_last, pick, wait
 
-_WARPS = 16  # with twice as many, registers do not suffice for all forms
-_TILE = 8192  # words of a work item
+_WARPS = 32  # with one program an SM, all that can be in flight there comes from one program
+_TILE = 16384  # words of a work item
 _PART = 512  # of them, of one row
 _META = 64  # rows whose ids, weights and scales go at once
 _SCALES = {None: 0, torch.float32: 1, torch.int32: 2}  # as they are handed out; int32: packed UE8M0
