@@ -35,7 +35,8 @@ def test_areas_follow_one_another_aligned_and_without_overlap(
 ) -> None:
     layout = Layout.of(Config(24, 640, 5, 7, dtype), ranks, fp8_only, ranks * window)
     slots, rounds = ranks * window, {7: 1, 3: 3}[window]
-    assert layout.W == window and layout.ROUNDS == rounds and layout.MOST == ranks * 7
+    found = (layout.W, layout.ROUNDS, layout.MOST)
+    assert found == (window, rounds, ranks * 7)
     turns = 2 * rounds if rounds > 1 else 0
     needed = [
         (layout.PHASES + 2 * turns) * ranks * 8,
