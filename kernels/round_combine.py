@@ -24,7 +24,7 @@ from moe_a2a.gpu.routing import Routing
 from moe_a2a.kernels.casts import to_payload
 from moe_a2a.kernels.contiguous_layout import index_of, report_missing
 from moe_a2a.kernels.launch import launch, warps
-from moe_a2a.kernels.rounds import announce, bounds_of, forget_wait, number_of
+from moe_a2a.kernels.rounds import announce, bounds_of, flags_of, forget_wait
 from moe_a2a.kernels.signals import end_step, has_bit, is_last, open_step, pick, wait
 
 _WARPS = 32
@@ -58,8 +58,8 @@ def _round_combine_send(
         is_empty = turn >= tl.load(handle + L.FILLED)
         want = received & tl.load(handle + L.EXPECTED) & ~tl.load(handle + L.MISSING)
         want = tl.where(has_ended | is_empty, 0, want)
-        number = number_of(step, L.ROUNDS + turn - 1, L)
-        arrived, excluded = wait(pid, mine, handle, control, alive, L.DRAINED, want, number, L, LANES)
+        flags = flags_of(mine, L.ROUNDS + turn - 1, L)
+        arrived, excluded = wait(pid, flags, handle, control, alive, L.DRAINED, want, step, L, LANES)
         taking = arrived & ~excluded
         if pid == 0:
             report_missing(want & ~taking, want & ~arrived, rank, handle, live, alive, report, L)
@@ -94,7 +94,7 @@ def _round_combine_send(
         else:
             forget_wait(handle, L.DRAINED, L)
             if is_empty == 0:
-                announce(bases, block, L.ROUND, rank, number_of(step, L.ROUNDS + turn, L), excluding, view, L)
+                announce(bases, flags_of(block, L.ROUNDS + turn, L), L.ROUND, rank, step, excluding, view, L)
 
 
 @triton.jit(do_not_specialize=["tokens", "rank", "turn", "ends_here"])
@@ -123,8 +123,8 @@ def _round_combine_recv(
     else:
         is_empty = turn >= tl.load(handle + L.FILLED)
         want = tl.where(is_empty, 0, want & ~tl.load(handle + L.MISSING))
-        number = number_of(step, L.ROUNDS + turn, L)
-        arrived, excluded = wait(pid, mine, handle, control, alive, L.ROUND, want, number, L, LANES)
+        flags = flags_of(mine, L.ROUNDS + turn, L)
+        arrived, excluded = wait(pid, flags, handle, control, alive, L.ROUND, want, step, L, LANES)
     added = arrived & ~excluded
     if pid == 0:
         report_missing(want & ~added, want & ~arrived, rank, handle, live, alive, report, L)
@@ -164,7 +164,7 @@ def _round_combine_recv(
         if (turn < L.ROUNDS - 1) & (is_empty == 0):
             bases = tl.load(peers + r, mask=r < L.R, other=0)
             excluding = tl.where(has_bit(added, r.to(tl.int64)), 0, 1)
-            announce(bases, block, L.DRAINED, rank, number_of(step, L.ROUNDS + turn, L), excluding, view, L)
+            announce(bases, flags_of(block, L.ROUNDS + turn, L), L.DRAINED, rank, step, excluding, view, L)
 
 
 def round_combine_send(

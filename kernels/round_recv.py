@@ -22,11 +22,11 @@ from moe_a2a.gpu.layout import Layout, power_of_two_at_least
 from moe_a2a.gpu.routing import Routing
 from moe_a2a.kernels.contiguous_layout import agreed, report_missing
 from moe_a2a.kernels.launch import launch, warps
-from moe_a2a.kernels.rounds import announce, bounds_of, forget_wait, number_of
+from moe_a2a.kernels.rounds import announce, bounds_of, flags_of, forget_wait
 from moe_a2a.kernels.signals import is_last, pick, wait
 
-_WARPS = 16  # with twice as many, registers do not suffice for all forms
-_TILE = 8192  # words of a work item
+_WARPS = 32  # with one program an SM, all that can be in flight there comes from one program
+_TILE = 16384  # words of a work item
 _PART = 512  # of them, of one row
 _META = 64  # rows whose ids, weights and scales go at once
 _SCALES = {None: 0, torch.float32: 1, torch.int32: 2}  # as they are handed out; int32: packed UE8M0
@@ -120,8 +120,8 @@ def _round_recv(
         is_void = (before != 0) | (tl.load(handle + L.RECEIVED) == 0)
         is_empty = turn >= tl.load(handle + L.FILLED)
         want = tl.where(is_void | is_empty, view * 0, view)
-        number = number_of(step, turn, L)
-        arrived, excluded = wait(pid, mine, handle, control, alive, L.ROUND, want, number, L, LANES)
+        flags = flags_of(mine, turn, L)
+        arrived, excluded = wait(pid, flags, handle, control, alive, L.ROUND, want, step, L, LANES)
         there = (arrived & ~excluded) | (view & ~want)
     good, matrix = agreed(mine, there, step, epoch, followed, BITS, L)
     lost = want & ~good
@@ -179,7 +179,7 @@ def _round_recv(
         if (turn < L.ROUNDS - 1) & (is_void | (is_empty == 0)):
             bases = tl.load(peers + s, mask=s < L.R, other=0)
             excluding = tl.where(is_void, 1, 0) + s * 0
-            announce(bases, block, L.DRAINED, rank, number_of(step, turn, L), excluding, view, L)
+            announce(bases, flags_of(block, turn, L), L.DRAINED, rank, step, excluding, view, L)
 
 
 def round_recv(

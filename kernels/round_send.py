@@ -24,7 +24,7 @@ from moe_a2a.kernels.contiguous_layout import agreed, index_of, report_missing
 from moe_a2a.kernels.contiguous_send import send_choices, send_quantised, send_scales, send_words, tell_host
 from moe_a2a.kernels.formats import QUANTISE, QUANTISE_POW2
 from moe_a2a.kernels.launch import launch, warps
-from moe_a2a.kernels.rounds import announce, forget_wait, number_of
+from moe_a2a.kernels.rounds import announce, flags_of, forget_wait
 from moe_a2a.kernels.signals import has_bit, is_last, wait
 
 _WARPS = 32
@@ -76,8 +76,8 @@ def _round_send(
         is_void |= tl.load(handle + L.RECEIVED) == 0
         is_empty = turn >= tl.load(handle + L.FILLED)
         want = tl.where(is_void | is_empty, view * 0, view)
-        earlier = number_of(step, turn - 1, L)
-        arrived, excluded = wait(pid, mine, handle, control, alive, L.DRAINED, want, earlier, L, LANES)
+        flags = flags_of(mine, turn - 1, L)
+        arrived, excluded = wait(pid, flags, handle, control, alive, L.DRAINED, want, step, L, LANES)
         good = arrived & ~excluded
     if pid == 0:
         report_missing(want & ~good, want & ~good & ~excluded, rank, handle, live, alive, report, L)
@@ -118,7 +118,7 @@ def _round_send(
         else:
             forget_wait(handle, L.DRAINED, L)
             if is_void | ~is_empty:
-                announce(bases, block, L.ROUND, rank, number_of(step, turn, L), excluding, view, L)
+                announce(bases, flags_of(block, turn, L), L.ROUND, rank, step, excluding, view, L)
 
 
 def round_send(

@@ -1,14 +1,14 @@
-"""What the kernels of contiguous steps in several rounds have in common: how rounds are numbered, and where they begin.
+"""What the kernels of contiguous steps in several rounds have in common: the flags of rounds, and where they begin.
 
 A round takes W tokens of each rank, in their order, so that all ranks send in all rounds, and nobody more than W rows
 to anyone. Rows lie in the places of their source, W for each, until the receiver has moved them and says so.
 
 Flags
     A step's first round is announced in the phases of other steps, DISPATCH and COMBINE: it is where ranks meet that
-    end a step in different ways. Later rounds have ROUND, "the rows are there", and DRAINED, "the rows have been taken
-    away": 2 * number + excluded, where number = step * 2 * ROUNDS + turn, and turn counts the rounds of dispatch from 0
-    and goes on with those of combine. Such numbers only grow, from round to round and from step to step. A round begins
-    when its places are free, so that no flag can run ahead of a round that somebody still waits for.
+    end a step in different ways. Later rounds have ROUND, "the rows are there", and each but the last has DRAINED, "the
+    rows have been taken away". They are 2 * step + excluded as all flags are, and each turn has its own: turns are the
+    rounds of dispatch, and on from ROUNDS those of combine. With one flag for all turns a rank that has given up, and
+    goes on without waiting, could write over a flag that not all programs of another rank have seen.
 
     DEADLINE and VERDICT of the two phases are 0 again when a launch that has waited ends: every wait has a budget and a
     vote of its own.
@@ -30,9 +30,10 @@ from moe_a2a.kernels.signals import raise_flags
 
 
 @triton.jit
-def number_of(step, turn, L: tl.constexpr):
-    """The number of a turn of a step, for flags."""
-    return step * (2 * L.ROUNDS) + turn
+def flags_of(block, turn, L: tl.constexpr):
+    """What stands for `block` where a turn's flags of the phases ROUND and DRAINED are meant: for `wait` and
+    `announce`."""
+    return block + turn * (16 * L.R)
 
 
 @triton.jit
@@ -58,8 +59,8 @@ def forget_wait(handle, PHASE: tl.constexpr, L: tl.constexpr):
 
 
 @triton.jit
-def announce(bases, block, PHASE: tl.constexpr, rank, number, excluded, mask, L: tl.constexpr):
+def announce(bases, block, PHASE: tl.constexpr, rank, step, excluded, mask, L: tl.constexpr):
     """Raise this rank's flag of a phase on every rank in `mask`. bases, excluded: [R_PAD], excluded 0 or 1; block: of
     the step's parity, from a region's start. Only for the last program of a launch."""
-    value = 2 * number + excluded.to(tl.int64)
+    value = 2 * step + excluded.to(tl.int64)
     raise_flags(bases, block + L.flags + PHASE * L.R * 8, rank, value, mask, L)

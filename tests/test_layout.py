@@ -9,7 +9,7 @@ from moe_a2a import Config, ConfigError
 from moe_a2a.gpu.layout import Layout
 from moe_a2a.gpu.report import NO_BAD_INPUT, describe_bad_input, describe_misuse, ranks_of
 
-AREAS = ("flags", "headers", "chunks", "matrix", "counts", "table", "weights", "source", "rows", "sums")
+AREAS = ("flags", "headers", "chunks", "matrix", "counts", "bounds", "table", "weights", "source", "rows", "sums")
 
 
 @pytest.mark.parametrize(
@@ -29,15 +29,22 @@ def test_prefill_needs_little_beside_its_rows(ranks: int, tokens: int) -> None:
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("fp8_only", [False, True])
-def test_areas_follow_one_another_aligned_and_without_overlap(ranks: int, dtype: torch.dtype, fp8_only: bool) -> None:
-    layout = Layout.of(Config(24, 640, 5, 7, dtype), ranks, fp8_only)
-    slots = ranks * 7
+@pytest.mark.parametrize("window", [7, 3])
+def test_areas_follow_one_another_aligned_and_without_overlap(
+    ranks: int, dtype: torch.dtype, fp8_only: bool, window: int
+) -> None:
+    layout = Layout.of(Config(24, 640, 5, 7, dtype), ranks, fp8_only, ranks * window)
+    slots, rounds = ranks * window, {7: 1, 3: 3}[window]
+    found = (layout.W, layout.ROUNDS, layout.MOST)
+    assert found == (window, rounds, ranks * 7)
+    turns = 2 * rounds if rounds > 1 else 0
     needed = [
-        layout.PHASES * ranks * 8,
+        (layout.PHASES + 2 * turns) * ranks * 8,
         ranks * 64,
         ranks * 1 * 8,  # chunks of 16 rows
         ranks * (ranks + 1) * 4,
         ranks * layout.E_L * 4,
+        ranks * (rounds + 1) * 4 if rounds > 1 else 0,
         slots * 40,
         slots * 20,
         slots * 4,
@@ -62,8 +69,8 @@ def test_sizes_beyond_the_formats_are_refused() -> None:
 
 def test_the_name_tells_layouts_apart() -> None:
     """Triton's cache keys are made of it."""
-    names = {repr(Layout(2, 8, 128, 2, m, 2, f)) for m in (1, 2, 12) for f in (False, True)}
-    assert len(names) == 6 and all(name.isidentifier() for name in names)
+    names = {repr(Layout(2, 8, 128, 2, m, 2, f, c)) for m in (1, 3, 12) for f in (False, True) for c in (2, 24)}
+    assert len(names) == 10 and all(name.isidentifier() for name in names)
 
 
 def bad_word(token: int, position: int, kind: int, value: int) -> int:

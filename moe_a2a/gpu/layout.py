@@ -4,7 +4,8 @@ A rank has two kinds of memory.
 
 Region: symmetric, mapped and written by the peers. One for each channel; it holds two parities of the same block:
 
-    flags    int64 [PHASES, R]         written last, by the sources; see `moe_a2a.kernels.signals`
+    flags    int64 [PHASES, R]         written last, by the sources; see `moe_a2a.kernels.signals`. If there are several
+                                       rounds, [2 * ROUNDS, 2, R] more: ROUND and DRAINED of each turn
     headers  int64 [R, HEADER_WORDS]   step, view epoch, incarnation, T, bits, of each source
     chunks   int64 [R, CHUNKS]         flags of CHUNK rows of `sums` each (contiguous)
     matrix   int32 [R, R + 1]          rows from each rank to each rank, and the block where a rank wants its rows
@@ -86,10 +87,10 @@ class Layout:
     COMBINE: ClassVar[int] = 1
     WEIGHTS: ClassVar[int] = 2
     LAYOUT: ClassVar[int] = 3  # counts of a contiguous dispatch
-    # Of contiguous steps in several rounds; their flags number rounds, not steps: see `moe_a2a.kernels.rounds`.
+    PHASES: ClassVar[int] = 4
+    # Of contiguous steps in several rounds, with flags for every turn: see `moe_a2a.kernels.rounds`.
     ROUND: ClassVar[int] = 4  # rows of a round that is not the first
     DRAINED: ClassVar[int] = 5  # rows of a round are where they belong, and their places free
-    PHASES: ClassVar[int] = 6
 
     # Words of `control`, written by the host. A new view is written as "next", with the step at which it begins last,
     # and before it, as 0, the GIVEN_UP of its epoch in `live` of each channel.
@@ -104,7 +105,7 @@ class Layout:
 
     # Words of `live`, written by kernels of the channel, which run one after another.
     LIVE_STEP: ClassVar[int] = 0  # the last step that was sent
-    FINISHED: ClassVar[int] = 1  # + phase, the first four; programs of a running kernel that are done
+    FINISHED: ClassVar[int] = 1  # + phase, up to PHASES; programs of a running kernel that are done
     OPEN: ClassVar[int] = 5  # + step & 1; the step of that parity that is open here, 0 if none is
     HELD: ClassVar[int] = 7  # + block; the open contiguous step whose received rows lie there, 0 if none do
     GIVEN_UP: ClassVar[int] = 9  # + epoch & 1; ranks that this rank found missing in that view
@@ -266,7 +267,7 @@ class Layout:
         """First byte of each area, and of what follows the last."""
         slots = self.CAPACITY
         sizes = {
-            "flags": 8 * self.PHASES * self.R,
+            "flags": 8 * self.R * (self.PHASES + (4 * self.ROUNDS if self.ROUNDS > 1 else 0)),
             "headers": 8 * self.HEADER_WORDS * self.R,
             "chunks": 8 * self.R * self.CHUNKS,
             "matrix": 4 * self.R * (self.R + 1),
