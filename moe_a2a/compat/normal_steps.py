@@ -1,0 +1,96 @@
+"""Which steps of an `AllToAll` DeepEP's handles have open, and how a step ends that nobody combines."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field
+
+import torch
+
+from moe_a2a.all_to_all import AllToAll
+from moe_a2a.compat.arguments import capturing
+from moe_a2a.errors import HandleError
+from moe_a2a.types import Handle
+
+#: The attribute of a handle's recv_src_idx that says what the handle stands for: it lives as long as that tensor.
+_MARK = "_moe_a2a_routed"
+
+
+@dataclass(eq=False)
+class Routed:
+    """What a handle stands for. tokens, rows: T and N of this rank. step: the one that is open."""
+
+    steps: Steps
+    tokens: int
+    rows: int
+    step: Step | None = None
+
+
+@dataclass(eq=False)
+class Step:
+    """A step that has not ended. routed: gone when nobody holds the handle any more. captured: in a CUDA graph."""
+
+    number: int
+    handle: Handle
+    routed: weakref.ref[Routed]
+    captured: bool
+
+
+@dataclass(eq=False)
+class Steps:
+    """The open steps of one `AllToAll`. weights: another one, for router weights that combine sends back."""
+
+    a2a: AllToAll
+    name: str
+    open: list[Step] = field(default_factory=list)
+    count: int = 0
+    weights: AllToAll | None = None
+
+    def make_room(self, routed: Routed | None) -> None:
+        """End the steps whose buffers the next step uses, and the one that `routed` has. Raises HandleError."""
+        if routed is not None and routed.step is not None:
+            self._leave(routed.step)
+            routed.step = None
+        for step in list(self.open):
+            if step.number < self.count:
+                if step.routed() is not None:
+                    raise HandleError(
+                        "two dispatches of this Buffer are open, and a third needs the memory of the first, whose "
+                        "handle is still held: combine it, or let go of the handle, before"
+                    )
+                self._leave(step)
+
+    def _leave(self, step: Step) -> None:
+        self.check_side(step)
+        self.a2a.discard(step.handle)
+        self.open.remove(step)
+
+    def check_side(self, step: Step) -> None:
+        """Raises HandleError if a step is on the other side of a graph capture: a replay makes steps of its own."""
+        if step.captured != capturing(self.a2a.device):
+            raise HandleError(
+                f"this dispatch was made {'in' if step.captured else 'before'} a graph capture and not combined there: "
+                "combine it on that side of the capture"
+            )
+
+    def begun(self, handle: Handle, routed: Routed) -> None:
+        """A step was sent and received."""
+        self.count += 1
+        routed.step = Step(self.count, handle, weakref.ref(routed), capturing(self.a2a.device))
+        self.open.append(routed.step)
+
+    def ended(self, routed: Routed) -> None:
+        """A step was combined."""
+        assert routed.step is not None
+        self.open.remove(routed.step)
+        routed.step = None
+
+
+def mark(recv_src_idx: torch.Tensor, routed: Routed) -> None:
+    """Let a handle with this tensor stand for `routed`."""
+    setattr(recv_src_idx, _MARK, routed)
+
+
+def marked(recv_src_idx: object) -> Routed | None:
+    """What a handle with this tensor stands for; None for a tensor that no dispatch returned."""
+    return getattr(recv_src_idx, _MARK, None)
