@@ -432,3 +432,110 @@ def sizes(ctx: Ctx, gpus: Gpus = None) -> None:
         out, _, _ = both.buffer.low_latency_combine(rows, ids, torch.ones(2, 3, device=both.device), handle)
         assert out[:, 0].tolist() == [3.0, 1.0]
     both.buffer.destroy()
+
+
+def brief(ctx: Ctx, gpus: Gpus = None) -> None:
+    """A little of everything, for ranks that are slow."""
+    program = Program(ctx, gpus, experts=4, hidden=128, top_k=2, most=3)
+    config = Config(4)
+    for number, form in enumerate(("bf16", "ue8m0")):
+        got = program.dispatch(program.inputs(number, [3, 2], form), num_worst_tokens=5 if number else 0, config=config)
+        got.check()
+        got.combine(number, columns=2)
+        got.again()
+        got.combine(number)
+        got.combine(number)
+    program.buffer.destroy()
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+
+class _Dispatch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, program: Program, x: Tensor, weights: Tensor, ids: Tensor) -> Any:
+        buffer = program.buffer
+        per_rank, _, per_expert, hit, _ = buffer.get_dispatch_layout(ids, program.experts)
+        got = buffer.dispatch(
+            x,
+            num_tokens_per_rank=per_rank,
+            is_token_in_rank=hit,
+            num_tokens_per_expert=per_expert,
+            topk_idx=ids,
+            topk_weights=weights,
+        )
+        ctx.program, ctx.handle = program, got[4]
+        ctx.mark_non_differentiable(got[1])
+        ctx.set_materialize_grads(True)
+        return got[0], got[1], got[2], got[4]
+
+    @staticmethod
+    def backward(ctx: Any, grad_x: Tensor, _ids: Any, grad_weights: Tensor, _handle: Any) -> Any:
+        out, weights, _ = ctx.program.buffer.combine(
+            grad_x.contiguous(), ctx.handle, topk_weights=grad_weights.contiguous()
+        )
+        return None, out, weights, None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, program: Program, y: Tensor, handle: Any) -> Tensor:
+        ctx.program, ctx.handle = program, handle
+        return program.buffer.combine(y, handle)[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        recv, *_ = ctx.program.buffer.dispatch(grad.contiguous(), ctx.handle)
+        return None, recv.clone(), None
+
+
+def training(ctx: Ctx, gpus: Gpus = None) -> None:
+    """Forward and backward of three layers, whose activations are kept until backward, against dense layers."""
+    program = Program(ctx, gpus)
+    layers, tokens = 3, [11, 6]
+    batches = [program.inputs(layer, tokens) for layer in range(layers)]
+    generator = torch.Generator().manual_seed(5)
+    factors = 0.5 + torch.rand(layers, program.experts, program.hidden, generator=generator)
+
+    def run(x: Tensor, weights: list[Tensor], layer_of: Callable[[int, Tensor, Tensor], Tensor]) -> Tensor:
+        for layer in range(layers):
+            x = x + layer_of(layer, x, weights[layer])
+        return x
+
+    def dense(rank: int) -> Callable[[int, Tensor, Tensor], Tensor]:
+        def layer_of(layer: int, x: Tensor, weights: Tensor) -> Tensor:
+            ids = batches[layer][rank].ids
+            scale = wanted_factors[layer][ids.clamp(min=0)] * torch.where(ids >= 0, weights, 0.0)[..., None]
+            return x * scale.sum(1)
+
+        return layer_of
+
+    wanted_factors = factors.clone().requires_grad_()
+    starts = [b.x.float().requires_grad_() for b in batches[0]]
+    scores = [[batches[layer][r].weights.clone().requires_grad_() for layer in range(layers)] for r in range(ctx.world)]
+    for r in range(ctx.world):
+        run(starts[r], scores[r], dense(r)).sum().backward()
+
+    me, first = program.rank, program.local * program.rank
+    own = program.there(factors[:, first : first + program.local]).requires_grad_()
+
+    def exchanged(layer: int, x: Tensor, weights: Tensor) -> Tensor:
+        ids = program.there(batches[layer][me].ids)
+        recv, recv_ids, recv_weights, handle = _Dispatch.apply(program, x, weights, ids)
+        scale = own[layer][recv_ids.clamp(min=0)] * torch.where(recv_ids >= 0, recv_weights, 0.0)[..., None]
+        return _Combine.apply(program, (recv.float() * scale.sum(1)).to(torch.bfloat16), handle)
+
+    x = program.there(batches[0][me].x).requires_grad_()
+    weights = [program.there(batches[layer][me].weights).requires_grad_() for layer in range(layers)]
+    run(x, weights, exchanged).float().sum().backward()
+
+    def near(got: Tensor | None, want: Tensor | None) -> None:
+        assert got is not None and want is not None
+        difference = (got.float().cpu() - want.float()).norm() / want.norm()
+        assert difference < 0.03, difference
+
+    near(x.grad, starts[me].grad)
+    near(own.grad, wanted_factors.grad[:, first : first + program.local])  # type: ignore[index]
+    for got, want in zip(weights, scores[me], strict=True):
+        near(got.grad, want.grad)
+    program.buffer.destroy()

@@ -25,9 +25,9 @@ from moe_a2a.compat.normal_config import bytes_for, tokens_in
 from moe_a2a.compat.normal_rows import Got, Rows, cut, nothing, result_of
 from moe_a2a.compat.normal_steps import Routed, Steps, mark, marked
 from moe_a2a.compat.normal_tables import channel_tables, ids_for
-from moe_a2a.compat.ties import expect_rows, rows_between, use_sms
+from moe_a2a.compat.ties import expect_rows, rank_prefix, receive, use_sms
 from moe_a2a.errors import ConfigError, HandleError, InputError
-from moe_a2a.types import Contiguous, Handle
+from moe_a2a.types import Contiguous
 
 #: What DeepEP's handle holds: rank_prefix_matrix int32 [R, R], channel_prefix_matrix and recv_channel_prefix_matrix
 #: int32 [R, C], recv_src_idx int32 [N], is_token_in_rank bool [T, R], send_head int32 [T, R].
@@ -97,20 +97,20 @@ class Normal:
             scales, form = rows.scales_for_core()
             sent = a2a.dispatch_send(x, topk_idx, topk_weights, layout="contiguous", scales=scales, fp8=form)
             prefix, head = channel_tables(hit, how.num_sms // 2)
-            got = self._receive(a2a, sent, x.dtype, most)
-            between = rows_between(a2a, sent).cumsum(0, dtype=torch.int32)
+            got = receive(a2a, sent, x.dtype, most)
+            ranks = rank_prefix(a2a, sent)
             kept = bool(x.requires_grad or topk_weights.requires_grad)
             result = result_of(got, most, alignment, kept)
             source = cut(got.source, most, -1)
             source = torch.fmod(source, a2a.config.max_tokens_per_rank)  # -1, no token's, stays
+            handle = (ranks, prefix, torch.zeros_like(prefix), source, hit, head)
             routed = Routed(steps, len(x), len(source))
+            mark(source, routed)
             expect_rows(sent, routed.rows)
             steps.begun(sent, routed)
-        mark(source, routed)
-        handle = (between, prefix, torch.zeros_like(prefix), source, hit, head)
-        made = (*handle[:4], head, *(() if not kept else (result.x, result.topk_idx, result.topk_weights)))
         given = (x, rows.scales, topk_idx, topk_weights, hit)
-        return result, handle, self._comm.ran(how.asynchronous, given, (*made, result.scales))
+        made = (*handle[:4], head, result.x, result.scales, result.topk_idx, result.topk_weights)
+        return result, handle, self._comm.ran(how.asynchronous, given, made)
 
     def again(self, rows: Rows, handle: NormalHandle, how: How) -> tuple[Got, EventOverlap]:
         """A dispatch that follows a handle's routing."""
@@ -123,8 +123,7 @@ class Normal:
         with self._comm.running(how.previous, how.asynchronous):
             got = self._open(routed, rows, hit, how)
             result = result_of(got, routed.rows, 1, bool(x.requires_grad))
-        made = (result.x if x.requires_grad else None, result.scales)
-        return result, self._comm.ran(how.asynchronous, (x, rows.scales, hit), made)
+        return result, self._comm.ran(how.asynchronous, (x, rows.scales, hit), (result.x, result.scales))
 
     def _open(self, routed: Routed, rows: Rows, hit: torch.Tensor, how: How) -> Contiguous:
         """A step of a routing that is known, without tables."""
@@ -134,30 +133,9 @@ class Normal:
         ids = ids_for(hit, a2a.local_experts, a2a.config.top_k)
         scales, form = rows.scales_for_core()
         sent = a2a.dispatch_send(rows.x, ids, layout="contiguous", scales=scales, fp8=form)
-        got = self._receive(a2a, sent, rows.x.dtype, routed.rows)
+        got = receive(a2a, sent, rows.x.dtype, routed.rows)
         expect_rows(sent, routed.rows)
         steps.begun(sent, routed)
-        return got
-
-    def _receive(self, a2a: AllToAll, sent: Handle, dtype: torch.dtype, most: int | None) -> Contiguous:
-        """most: rows that will do; None: wait for the counts."""
-        if most is None:
-            got = a2a.dispatch_recv(sent, alignment=1, host_counts=True)
-            assert isinstance(got, Contiguous)
-            return got
-        if self._device.type == "cpu":
-            out = torch.empty((most, a2a.config.hidden_size), dtype=dtype)
-            try:
-                got = a2a.dispatch_recv(sent, out=out)
-            except InputError as error:
-                raise InputError(f"num_worst_tokens={most}, but more tokens came ({error})") from error
-            assert isinstance(got, Contiguous)
-            return replace(got, x=out)
-        got = a2a.dispatch_recv(sent)
-        assert isinstance(got, Contiguous)
-        if most < len(got.x):
-            came = got.tokens_per_rank.sum()
-            torch._assert_async(came <= most, "more tokens came than num_worst_tokens")
         return got
 
     # combine
@@ -208,7 +186,7 @@ class Normal:
         use_sms(a2a, how.num_sms)
         ids = ids_for(hit, a2a.local_experts, a2a.config.top_k)
         sent = a2a.dispatch_send(topk_weights.new_zeros(routed.tokens, _WEIGHTS), ids, layout="contiguous")
-        self._receive(a2a, sent, torch.float32, routed.rows)
+        receive(a2a, sent, torch.float32, routed.rows)
         expect_rows(sent, routed.rows)
         width = topk_weights.shape[1]
         rows = topk_weights.new_zeros(routed.rows, _WEIGHTS)

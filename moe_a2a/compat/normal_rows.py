@@ -58,7 +58,7 @@ def result_of(got: Contiguous, most: int | None, alignment: int, keep: bool) -> 
     x, scales = cut(got.x, most, 0), got.scales
     if scales is not None:
         scales = cut(scales, most, 0)
-        if keep or not scales.is_contiguous():
+        if keep or scales.stride() != (scales.shape[1], 1):  # the core's packed ones are column-major
             scales = scales.clone(memory_format=torch.contiguous_format)
     ids = cut(got.topk_ids, most, -1)
     weights = None if got.topk_weights is None else cut(got.topk_weights, most, 0)
