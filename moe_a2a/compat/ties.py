@@ -55,8 +55,8 @@ def expect_rows(handle: Handle, rows: int) -> None:
 
 
 def rank_prefix(a2a: AllToAll, handle: Handle) -> torch.Tensor:
-    """DeepEP's rank_prefix_matrix of a received step: int32 [R, R], rows that ranks 0 to i send to rank j. CPU ranks: -1
-    for ranks j of other hosts, of whose rows only those from this host are known here."""
+    """DeepEP's rank_prefix_matrix of a received step: int32 [R, R], rows that ranks 0 to i send to rank j. CPU ranks:
+    -1 for ranks j of other hosts, of whose rows only those from this host are known here."""
     if isinstance(handle, ContiguousHandle):
         from moe_a2a.gpu.matrix import rows_between  # needs Triton
 
