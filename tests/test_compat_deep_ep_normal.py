@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from deep_ep_normal_steps import (
     worst,
 )
 from ranks import Ctx, run_ranks
+from test_docs import run_program
 
 from moe_a2a import ConfigError, HandleError, InputError
 from moe_a2a.compat.deep_ep import Buffer, Config
@@ -28,6 +30,8 @@ from moe_a2a.compat.normal_config import TOKENS, tokens_in
 from moe_a2a.compat.normal_tables import dispatch_layout, ids_for
 from moe_a2a.fp8 import pack_ue8m0, unpack_ue8m0
 from moe_a2a.gpu.layout import Layout
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "deep_ep_prefill.py"
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -57,6 +61,18 @@ def test_sizes_follow_from_bytes_and_may_be_several() -> None:
 
 def test_layers_are_trained_through_handles() -> None:
     run_ranks(training, 2)
+
+
+def run_example(ctx: Ctx, source: str) -> None:
+    """Run the example as torchrun would have started it."""
+    run_program(ctx, source, "deep_ep_prefill.py")
+
+
+def test_a_program_for_deep_ep_runs_by_changing_its_import() -> None:
+    source = EXAMPLE.read_text()
+    ours = "from moe_a2a.compat.deep_ep import Buffer\n"
+    assert source.count("moe_a2a") == source.count(ours) == 1
+    run_ranks(run_example, 2, source)
 
 
 def test_one_rank_is_enough() -> None:

@@ -122,8 +122,8 @@ class CommStream:
     def ran(
         self, asynchronous: bool, given: tuple[torch.Tensor | None, ...], made: tuple[torch.Tensor | None, ...]
     ) -> EventOverlap:
-        """The event of a call that was `running`. given: the caller's tensors that its launches read; made: tensors of
-        its own that the caller gets (recording a stream does nothing to views of communication buffers)."""
+        """The event of a call that was `running`. given: the caller's tensors that its launches read; made: tensors
+        allocated there that the caller gets."""
         if self._device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
             caller = torch.cuda.current_stream(self._device)
             for tensor in made:

@@ -109,7 +109,7 @@ class Normal:
             expect_rows(sent, routed.rows)
             steps.begun(sent, routed)
         given = (x, rows.scales, topk_idx, topk_weights, hit)
-        made = (*handle[:4], head, result.x, result.scales, result.topk_idx, result.topk_weights)
+        made = (*handle[:4], head, *result.own)
         return result, handle, self._comm.ran(how.asynchronous, given, made)
 
     def again(self, rows: Rows, handle: NormalHandle, how: How) -> tuple[Got, EventOverlap]:
@@ -123,7 +123,7 @@ class Normal:
         with self._comm.running(how.previous, how.asynchronous):
             got = self._open(routed, rows, hit, how)
             result = result_of(got, routed.rows, 1, bool(x.requires_grad))
-        return result, self._comm.ran(how.asynchronous, (x, rows.scales, hit), (result.x, result.scales))
+        return result, self._comm.ran(how.asynchronous, (x, rows.scales, hit), result.own)
 
     def _open(self, routed: Routed, rows: Rows, hit: torch.Tensor, how: How) -> Contiguous:
         """A step of a routing that is known, without tables."""

@@ -30,13 +30,14 @@ class Rows:
 
 @dataclass(frozen=True)
 class Got:
-    """A dispatch's result, in DeepEP's terms."""
+    """A dispatch's result, in DeepEP's terms. own: those of the tensors that are no views of a communication buffer."""
 
     x: torch.Tensor
     scales: torch.Tensor | None
     topk_idx: torch.Tensor
     topk_weights: torch.Tensor | None
     counts: list[int]
+    own: tuple[torch.Tensor | None, ...]
 
 
 def nothing(tokens: int, hidden: int, device: torch.device) -> Rows:
@@ -54,15 +55,16 @@ def cut(table: torch.Tensor, most: int | None, none: int) -> torch.Tensor:
 
 
 def result_of(got: Contiguous, most: int | None, alignment: int, keep: bool) -> Got:
-    """keep: as copies, which outlive the step's buffers."""
-    x, scales = cut(got.x, most, 0), got.scales
-    if scales is not None:
-        scales = cut(scales, most, 0)
-        if keep or scales.stride() != (scales.shape[1], 1):  # the core's packed ones are column-major
-            scales = scales.clone(memory_format=torch.contiguous_format)
-    ids = cut(got.topk_ids, most, -1)
+    """most: rows of the result; None: all. keep: as copies, which outlive the step's buffers."""
+    x, ids = cut(got.x, most, 0), cut(got.topk_ids, most, -1)
     weights = None if got.topk_weights is None else cut(got.topk_weights, most, 0)
+    scales = None if got.scales is None else cut(got.scales, most, 0)
+    own: tuple[torch.Tensor | None, ...] = ()
+    if scales is not None and (keep or scales.stride() != (scales.shape[1], 1)):  # the core's packed ones are not
+        scales = scales.clone(memory_format=torch.contiguous_format)
+        own = (scales,)
     if keep:
         x, ids, weights = x.clone(), ids.clone(), None if weights is None else weights.clone()
+        own = (x, scales, ids, weights)
     counts = [] if got.counts_list is None else padded(got.counts_list, alignment)
-    return Got(x, scales, ids, weights, counts)
+    return Got(x, scales, ids, weights, counts, own)
