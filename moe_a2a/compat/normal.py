@@ -24,8 +24,8 @@ from moe_a2a.compat.events import CommStream, EventOverlap
 from moe_a2a.compat.normal_config import bytes_for, tokens_in
 from moe_a2a.compat.normal_rows import Got, Rows, cut, nothing, result_of
 from moe_a2a.compat.normal_steps import Routed, Steps, mark, marked
-from moe_a2a.compat.normal_tables import channel_tables, ids_for
-from moe_a2a.compat.ties import expect_rows, rank_prefix, receive, use_sms
+from moe_a2a.compat.normal_tables import ids_for
+from moe_a2a.compat.ties import expect_rows, handle_tables, receive, use_sms
 from moe_a2a.errors import ConfigError, HandleError, InputError
 from moe_a2a.types import Contiguous
 
@@ -96,20 +96,19 @@ class Normal:
             use_sms(a2a, how.num_sms)
             scales, form = rows.scales_for_core()
             sent = a2a.dispatch_send(x, topk_idx, topk_weights, layout="contiguous", scales=scales, fp8=form)
-            prefix, head = channel_tables(hit, how.num_sms // 2)
             got = receive(a2a, sent, x.dtype, most)
-            ranks = rank_prefix(a2a, sent)
             kept = bool(x.requires_grad or topk_weights.requires_grad)
             result = result_of(got, most, alignment, kept)
-            source = cut(got.source, most, -1)
-            source = torch.fmod(source, a2a.config.max_tokens_per_rank)  # -1, no token's, stays
-            handle = (ranks, prefix, torch.zeros_like(prefix), source, hit, head)
+            ranks, sent_by, unused, source, head = handle_tables(
+                a2a, sent, hit, cut(got.source, most, -1), how.num_sms // 2
+            )
+            handle = (ranks, sent_by, unused, source, hit, head)
             routed = Routed(steps, len(x), len(source))
             mark(source, routed)
             expect_rows(sent, routed.rows)
             steps.begun(sent, routed)
         given = (x, rows.scales, topk_idx, topk_weights, hit)
-        made = (*handle[:4], head, *result.own)
+        made = (ranks, sent_by, unused, source, head, *result.own)
         return result, handle, self._comm.ran(how.asynchronous, given, made)
 
     def again(self, rows: Rows, handle: NormalHandle, how: How) -> tuple[Got, EventOverlap]:

@@ -12,7 +12,7 @@ from moe_a2a.compat.events import CommStream, EventOverlap
 from moe_a2a.compat.normal import How, Normal, NormalHandle
 from moe_a2a.compat.normal_config import Config
 from moe_a2a.compat.normal_rows import Rows
-from moe_a2a.compat.normal_tables import dispatch_layout
+from moe_a2a.compat.ties import layout_of
 from moe_a2a.config import GROUP
 from moe_a2a.errors import HandleError, InputError
 from moe_a2a.fp8 import FP8
@@ -53,7 +53,7 @@ class NormalCalls:
             raise InputError(f"num_experts={num_experts} does not divide by {self.group_size} ranks")
         ids = _matrix("topk_idx", topk_idx, torch.int64, self.device)
         with self._comm.running(how.previous, async_finish):
-            per_rank, per_expert, hit = dispatch_layout(ids, self.group_size, num_experts)
+            per_rank, per_expert, hit = layout_of(ids, self.group_size, num_experts)
         event = self._comm.ran(async_finish, (ids,), (per_rank, per_expert, hit))
         return per_rank, None, per_expert, hit, event
 

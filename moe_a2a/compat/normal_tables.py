@@ -1,7 +1,7 @@
 """What DeepEP's normal mode says about a routing, as pure functions of tensors. No communication, no synchronisation.
 
 R ranks, E experts, T tokens of this rank, K top-k, C channels: DeepEP's kernels give each pair of SMs a channel, an
-equal range of the tokens in order.
+equal range of the tokens in order. GPU ranks use `moe_a2a.kernels.normal_tables` instead, for all but `ids_for`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def channel_tables(hit: torch.Tensor, channels: int) -> tuple[torch.Tensor, torc
     width = max(1, -(-tokens // channels))
     padded = F.pad(hit, (0, 0, 0, width * channels - tokens)).view(channels, width, ranks)
     within = padded.cumsum(1, dtype=torch.int32)
-    prefix = within[:, -1].cumsum(0, dtype=torch.int32).t().contiguous()
+    prefix = within[:, -1].cumsum(0, dtype=torch.int32).t().clone(memory_format=torch.contiguous_format)
     return prefix, torch.where(hit, within.view(-1, ranks)[:tokens] - 1, -1)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from moe_a2a.all_to_all import AllToAll
+from moe_a2a.compat.normal_tables import channel_tables, dispatch_layout
 from moe_a2a.cpu_backend import CpuBackend
 from moe_a2a.errors import InputError
 from moe_a2a.gpu.contiguous_state import ContiguousHandle
@@ -54,14 +55,36 @@ def expect_rows(handle: Handle, rows: int) -> None:
         handle._step.output_rows = rows
 
 
-def rank_prefix(a2a: AllToAll, handle: Handle) -> torch.Tensor:
-    """DeepEP's rank_prefix_matrix of a received step: int32 [R, R], rows that ranks 0 to i send to rank j. CPU ranks:
-    -1 for ranks j of other hosts, of whose rows only those from this host are known here."""
-    if isinstance(handle, ContiguousHandle):
-        from moe_a2a.gpu.matrix import rows_between  # needs Triton
+#: rank_prefix_matrix, channel_prefix_matrix, recv_channel_prefix_matrix, recv_src_idx, send_head.
+Tables = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
-        backend: Any = a2a._backend
-        return rows_between(backend.rank, handle).cumsum(0, dtype=torch.int32)
+
+def handle_tables(a2a: AllToAll, handle: Handle, hit: torch.Tensor, source: torch.Tensor, channels: int) -> Tables:
+    """What the DeepEP handle of a received step holds. hit: is_token_in_rank; source: as in `Contiguous`."""
+    if not isinstance(handle, ContiguousHandle):
+        prefix, head = channel_tables(hit, channels)
+        numbers = torch.fmod(source, a2a.config.max_tokens_per_rank)  # -1, no token's, stays
+        return _rank_prefix(a2a, handle), prefix, torch.zeros_like(prefix), numbers, head
+    from moe_a2a.kernels import normal_tables  # needs Triton
+
+    backend: Any = a2a._backend
+    rank = backend.rank
+    region = rank._channels[rank._index(handle.channel)].region
+    return normal_tables.handle_tables(rank.layout, hit, source, channels, region, handle.slot.handle)
+
+
+def layout_of(topk_idx: torch.Tensor, ranks: int, experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`normal_tables.dispatch_layout`, by a kernel on a GPU."""
+    if topk_idx.device.type == "cpu":
+        return dispatch_layout(topk_idx, ranks, experts)
+    from moe_a2a.kernels import normal_tables  # needs Triton
+
+    return normal_tables.dispatch_layout(topk_idx, ranks, experts)
+
+
+def _rank_prefix(a2a: AllToAll, handle: Handle) -> torch.Tensor:
+    """int32 [R, R], rows that ranks 0 to i send to rank j. -1 for ranks j of other hosts, of whose rows only those from
+    this host are known here."""
     sent = [rank_hits(arrival.ids, a2a.local_experts, a2a.world_size).sum(0) for arrival in handle._step.arrivals]
     prefix = torch.from_numpy(np.cumsum(sent, axis=0)).to(torch.int32)
     for ranks in a2a.hosts:
