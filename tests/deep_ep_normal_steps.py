@@ -3,6 +3,7 @@ that knows nothing of moe_a2a."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -434,6 +435,57 @@ def sizes(ctx: Ctx, gpus: Gpus = None) -> None:
         out, _, _ = both.buffer.low_latency_combine(rows, ids, torch.ones(2, 3, device=both.device), handle)
         assert out[:, 0].tolist() == [3.0, 1.0]
     both.buffer.destroy()
+
+
+def wander(ctx: Ctx, gpus: Gpus = None) -> None:
+    """Calls in any order: what is refused is what the two sets of buffers do not allow, and nothing else goes wrong."""
+    program = Program(ctx, gpus)
+    chance = random.Random(3)  # the same on every rank
+    held: dict[int, Received] = {}
+    opened: dict[int, int] = {}  # handle -> the number of its open step
+    count, refusals = 0, 0
+
+    def allowed(own: int | None) -> bool:
+        return all(number >= count for handle, number in opened.items() if handle != own)
+
+    for turn in range(150):
+        end = chance.choice(["plain", "event", "chain"])
+        known = chance.choice(list(held)) if held else None
+        act = chance.choice(["new", "new", "again", "combine", "combine", "drop"])
+        if act == "new" or known is None:
+            inputs = program.inputs(
+                turn, [chance.randrange(21) for _ in range(ctx.world)], chance.choice(["bf16", "fp8"])
+            )
+            if allowed(None):
+                held[turn] = program.dispatch(inputs, end)
+                held[turn].check()
+                count += 1
+                opened[turn] = count
+            else:
+                refusals += 1
+                assert "let go of the handle" in refused(HandleError, lambda i=inputs: program.dispatch(i))  # type: ignore
+        elif act == "drop":
+            del held[known]
+            opened.pop(known, None)
+        elif act == "again" or known not in opened:
+            if allowed(known):
+                count += 1
+                opened[known] = count
+                if act == "again":
+                    held[known].again(end)
+                else:
+                    held[known].combine(turn, end, columns=chance.choice([0, 2]))
+                    del opened[known]
+            else:
+                refusals += 1
+                again = act == "again"
+                call = held[known].again if again else lambda known=known, turn=turn: held[known].combine(turn)
+                assert "let go of the handle" in refused(HandleError, call)
+        else:
+            held[known].combine(turn, end, biases=chance.choice([0, 1]))
+            del opened[known]
+    assert refusals > 5 and count > 40, (refusals, count)
+    program.buffer.destroy()
 
 
 def brief(ctx: Ctx, gpus: Gpus = None) -> None:

@@ -19,6 +19,7 @@ from deep_ep_normal_steps import (
     sizes,
     training,
     two_batches,
+    wander,
     worst,
 )
 from ranks import Ctx, run_ranks
@@ -49,6 +50,10 @@ def test_steps_that_are_not_combined_make_room_unless_their_handle_is_held() -> 
 
 def test_handles_may_be_used_again_and_again() -> None:
     run_ranks(handles, 2)
+
+
+def test_calls_come_in_any_order() -> None:
+    run_ranks(wander, 2)
 
 
 def test_a_number_of_rows_may_be_named_in_place_of_counts() -> None:

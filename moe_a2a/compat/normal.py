@@ -127,7 +127,7 @@ class Normal:
     def _open(self, routed: Routed, rows: Rows, hit: torch.Tensor, how: How) -> Contiguous:
         """A step of a routing that is known, without tables."""
         steps, a2a = routed.steps, routed.steps.a2a
-        steps.make_room(routed)
+        steps.make_room(routed.step)
         use_sms(a2a, how.num_sms)
         ids = ids_for(hit, a2a.local_experts, a2a.config.top_k)
         scales, form = rows.scales_for_core()

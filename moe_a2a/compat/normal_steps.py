@@ -46,24 +46,19 @@ class Steps:
     count: int = 0
     weights: AllToAll | None = None
 
-    def make_room(self, routed: Routed | None) -> None:
-        """End the steps whose buffers the next step uses, and the one that `routed` has. Raises HandleError."""
-        if routed is not None and routed.step is not None:
-            self._leave(routed.step)
-            routed.step = None
-        for step in list(self.open):
-            if step.number < self.count:
-                if step.routed() is not None:
-                    raise HandleError(
-                        "two dispatches of this Buffer are open, and a third needs the memory of the first, whose "
-                        "handle is still held: combine it, or let go of the handle, before"
-                    )
-                self._leave(step)
-
-    def _leave(self, step: Step) -> None:
-        self.check_side(step)
-        self.a2a.discard(step.handle)
-        self.open.remove(step)
+    def make_room(self, own: Step | None) -> None:
+        """End the steps whose buffers the next step uses, and `own`, which its handle has. Raises HandleError."""
+        ending = [step for step in self.open if step is own or step.number < self.count]
+        for step in ending:
+            self.check_side(step)
+            if step is not own and step.routed() is not None:
+                raise HandleError(
+                    "two dispatches of this Buffer are open, and a third needs the memory of the first, whose handle "
+                    "is still held: combine it, or let go of the handle, before"
+                )
+        for step in ending:
+            self.a2a.discard(step.handle)
+            self._forget(step)
 
     def check_side(self, step: Step) -> None:
         """Raises HandleError if a step is on the other side of a graph capture: a replay makes steps of its own."""
@@ -74,7 +69,7 @@ class Steps:
             )
 
     def begun(self, handle: Handle, routed: Routed) -> None:
-        """A step was sent and received."""
+        """A step was sent and received, in place of the one that `routed` had."""
         self.count += 1
         routed.step = Step(self.count, handle, weakref.ref(routed), capturing(self.a2a.device))
         self.open.append(routed.step)
@@ -82,8 +77,13 @@ class Steps:
     def ended(self, routed: Routed) -> None:
         """A step was combined."""
         assert routed.step is not None
-        self.open.remove(routed.step)
-        routed.step = None
+        self._forget(routed.step)
+
+    def _forget(self, step: Step) -> None:
+        self.open.remove(step)
+        routed = step.routed()
+        if routed is not None:
+            routed.step = None
 
 
 def mark(recv_src_idx: torch.Tensor, routed: Routed) -> None:

@@ -17,6 +17,7 @@ from deep_ep_normal_steps import (
     sizes,
     training,
     two_batches,
+    wander,
     worst,
 )
 from ranks import Ctx, run_ranks
@@ -46,7 +47,7 @@ def test_every_form_and_every_way_to_wait_matches_the_reference(gpus: tuple[int,
     run_ranks(all_forms, len(gpus), gpus)
 
 
-@pytest.mark.parametrize("ranks_do", [two_batches, dropped, handles, worst, sizes, training])
+@pytest.mark.parametrize("ranks_do", [two_batches, dropped, handles, worst, sizes, training, wander])
 def test_what_cpu_ranks_do_gpu_ranks_do(ranks_do: Any) -> None:
     run_ranks(ranks_do, 2, PAIR)
 
