@@ -159,11 +159,13 @@ class Normal:
             if width > _WEIGHTS:
                 raise InputError(f"topk_weights has {width} columns; allowed are up to {_WEIGHTS}")
             check("topk_weights", topk_weights, (routed.rows, width), torch.float32, device)
+            self._build_weights(steps)
+        if routed.step is not None:
+            steps.check_side(routed.step)
         with self._comm.running(how.previous, how.asynchronous):
             if routed.step is None:
                 self._open(routed, nothing(routed.tokens, hidden, device), hit, how)
             assert routed.step is not None
-            steps.check_side(routed.step)
             use_sms(a2a, how.num_sms)
             out = a2a.combine(x, routed.step.handle)
             steps.ended(routed)
@@ -175,13 +177,8 @@ class Normal:
 
     def _combine_weights(self, routed: Routed, topk_weights: torch.Tensor, hit: torch.Tensor, how: How) -> torch.Tensor:
         """Sums over ranks, [T, columns]: a step of short fp32 rows, whose way there carries nothing."""
-        steps = routed.steps
-        if steps.weights is None:
-            sizes = replace(
-                steps.a2a.config, hidden_size=_WEIGHTS, dtype=torch.float32, channels=(f"{steps.name}.weights",)
-            )
-            steps.weights = self._build(sizes, replace(self._options, fp8_only=False))
-        a2a = steps.weights
+        a2a = routed.steps.weights
+        assert a2a is not None
         use_sms(a2a, how.num_sms)
         ids = ids_for(hit, a2a.local_experts, a2a.config.top_k)
         sent = a2a.dispatch_send(topk_weights.new_zeros(routed.tokens, _WEIGHTS), ids, layout="contiguous")
@@ -191,6 +188,12 @@ class Normal:
         rows = topk_weights.new_zeros(routed.rows, _WEIGHTS)
         rows[:, :width] = topk_weights.detach()
         return a2a.combine(rows, sent)[:, :width].contiguous()
+
+    def _build_weights(self, steps: Steps) -> None:
+        if steps.weights is None:
+            name = f"{steps.name}.weights"
+            sizes = replace(steps.a2a.config, hidden_size=_WEIGHTS, dtype=torch.float32, channels=(name,))
+            steps.weights = self._build(sizes, replace(self._options, fp8_only=False))
 
     # helpers
 
