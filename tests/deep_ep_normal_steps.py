@@ -344,16 +344,29 @@ def two_batches(ctx: Ctx, gpus: Gpus = None) -> None:
 def dropped(ctx: Ctx, gpus: Gpus = None) -> None:
     """Programs that dispatch and do not combine."""
     program = Program(ctx, gpus)
-    for number in range(5):  # as a benchmark does: each handle is let go when the next has come
-        got = program.dispatch(program.inputs(number, [4, 3]))
-        got.check()
-    older = got
-    got = program.dispatch(program.inputs(9, [4, 9]))
-    older.check()  # two results are valid
-    text = refused(HandleError, lambda: program.dispatch(program.inputs(10, [1, 1])))
-    assert "combine it, or let go of the handle" in text
-    got.combine(9)
-    older.combine(4)
+    got = []
+    for number in range(5):  # as a benchmark does
+        got.append(program.dispatch(program.inputs(number, [4, 3])))
+        got[-1].check()
+    got[-2].check()  # two results are valid
+    for late in got[:3]:
+        text = refused(HandleError, lambda late=late: late.combine(4))  # type: ignore[misc]
+        assert "have overwritten what it received" in text
+    got[-1].combine(4)
+    got[-2].combine(3)
+    got[0].again()
+    got[0].combine(0)
+    got[0].combine(0)
+    assert "overwritten" in refused(HandleError, lambda: got[1].combine(4))
+    # What autograd may keep is not overwritten.
+    kept = []
+    for number in range(3):
+        inputs = program.inputs(number, [4, 3])
+        inputs[ctx.rank].x.requires_grad_()
+        kept.append(program.dispatch(inputs))
+    for number, late in enumerate(kept):
+        late.check()
+        late.combine(number)
     program.step(10, [1, 1])
     program.buffer.destroy()
 
@@ -438,53 +451,48 @@ def sizes(ctx: Ctx, gpus: Gpus = None) -> None:
 
 
 def wander(ctx: Ctx, gpus: Gpus = None) -> None:
-    """Calls in any order: what is refused is what the two sets of buffers do not allow, and nothing else goes wrong."""
+    """Calls in any order: what is refused is what two sets of buffers do not allow, and nothing else goes wrong."""
     program = Program(ctx, gpus)
     chance = random.Random(3)  # the same on every rank
-    held: dict[int, Received] = {}
-    opened: dict[int, int] = {}  # handle -> the number of its open step
-    count, refusals = 0, 0
+    held: list[Received] = []
+    opened: dict[Received, int] = {}  # -> the number of its open step
+    late: set[Received] = set()
+    count = refusals = 0
 
-    def allowed(own: int | None) -> bool:
-        return all(number >= count for handle, number in opened.items() if handle != own)
+    def begin(got: Received) -> None:
+        nonlocal count
+        count += 1
+        opened[got] = count
+        late.discard(got)
+        for other in [other for other, number in opened.items() if number < count - 1]:
+            del opened[other]
+            late.add(other)
 
-    for turn in range(150):
+    for turn in range(120):
         end = chance.choice(["plain", "event", "chain"])
-        known = chance.choice(list(held)) if held else None
-        act = chance.choice(["new", "new", "again", "combine", "combine", "drop"])
-        if act == "new" or known is None:
-            inputs = program.inputs(
-                turn, [chance.randrange(21) for _ in range(ctx.world)], chance.choice(["bf16", "fp8"])
-            )
-            if allowed(None):
-                held[turn] = program.dispatch(inputs, end)
-                held[turn].check()
-                count += 1
-                opened[turn] = count
-            else:
-                refusals += 1
-                assert "let go of the handle" in refused(HandleError, lambda i=inputs: program.dispatch(i))  # type: ignore
-        elif act == "drop":
-            del held[known]
-            opened.pop(known, None)
-        elif act == "again" or known not in opened:
-            if allowed(known):
-                count += 1
-                opened[known] = count
-                if act == "again":
-                    held[known].again(end)
-                else:
-                    held[known].combine(turn, end, columns=chance.choice([0, 2]))
-                    del opened[known]
-            else:
-                refusals += 1
-                again = act == "again"
-                call = held[known].again if again else lambda known=known, turn=turn: held[known].combine(turn)
-                assert "let go of the handle" in refused(HandleError, call)
+        act = chance.choice(["new", "new", "again", "combine", "combine", "combine", "drop"])
+        if act == "new" or not held:
+            tokens = [chance.randrange(21) for _ in range(ctx.world)]
+            got = program.dispatch(program.inputs(turn, tokens, chance.choice(["bf16", "fp8"])), end)
+            got.check()
+            held.append(got)
+            begin(got)
+            continue
+        got = chance.choice(held[-4:])
+        if act == "drop":
+            held.remove(got)
+        elif act == "again":
+            got.again(end)
+            begin(got)
+        elif got in late:
+            refusals += 1
+            refused(HandleError, lambda got=got, turn=turn: got.combine(turn))  # type: ignore[misc]
         else:
-            held[known].combine(turn, end, biases=chance.choice([0, 1]))
-            del opened[known]
-    assert refusals > 5 and count > 40, (refusals, count)
+            if got not in opened:
+                begin(got)
+            got.combine(turn, end, columns=chance.choice([0, 2]), biases=chance.choice([0, 1]))
+            del opened[got]
+    assert refusals > 5 and count > 50, (refusals, count)
     program.buffer.destroy()
 
 

@@ -44,7 +44,7 @@ def test_two_batches_take_turns_in_one_buffer() -> None:
     run_ranks(two_batches, 2)
 
 
-def test_steps_that_are_not_combined_make_room_unless_their_handle_is_held() -> None:
+def test_steps_that_are_not_combined_make_room_for_later_ones() -> None:
     run_ranks(dropped, 2)
 
 
@@ -52,8 +52,9 @@ def test_handles_may_be_used_again_and_again() -> None:
     run_ranks(handles, 2)
 
 
-def test_calls_come_in_any_order() -> None:
-    run_ranks(wander, 2)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_calls_come_in_any_order(ranks: int) -> None:
+    run_ranks(wander, ranks)
 
 
 def test_a_number_of_rows_may_be_named_in_place_of_counts() -> None:

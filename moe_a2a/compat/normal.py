@@ -106,7 +106,7 @@ class Normal:
             routed = Routed(steps, len(x), len(source))
             mark(source, routed)
             expect_rows(sent, routed.rows)
-            steps.begun(sent, routed)
+            steps.begun(sent, routed, kept)
         given = (x, rows.scales, topk_idx, topk_weights, hit)
         made = (ranks, sent_by, unused, source, head, *result.own)
         return result, handle, self._comm.ran(how.asynchronous, given, made)
@@ -119,12 +119,12 @@ class Normal:
             raise InputError(
                 f"x has shape {list(x.shape)}; the handle's dispatch had [{routed.tokens}, {a2a.config.hidden_size}]"
             )
+        kept = bool(x.requires_grad)
         with self._comm.running(how.previous, how.asynchronous):
-            got = self._open(routed, rows, hit, how)
-            result = result_of(got, routed.rows, 1, bool(x.requires_grad))
+            result = result_of(self._open(routed, rows, hit, how, kept), routed.rows, 1, kept)
         return result, self._comm.ran(how.asynchronous, (x, rows.scales, hit), result.own)
 
-    def _open(self, routed: Routed, rows: Rows, hit: torch.Tensor, how: How) -> Contiguous:
+    def _open(self, routed: Routed, rows: Rows, hit: torch.Tensor, how: How, kept: bool) -> Contiguous:
         """A step of a routing that is known, without tables."""
         steps, a2a = routed.steps, routed.steps.a2a
         steps.make_room(routed.step)
@@ -134,7 +134,7 @@ class Normal:
         sent = a2a.dispatch_send(rows.x, ids, layout="contiguous", scales=scales, fp8=form)
         got = receive(a2a, sent, rows.x.dtype, routed.rows)
         expect_rows(sent, routed.rows)
-        steps.begun(sent, routed)
+        steps.begun(sent, routed, kept)
         return got
 
     # combine
@@ -162,13 +162,18 @@ class Normal:
             self._build_weights(steps)
         if routed.step is not None:
             steps.check_side(routed.step)
+        elif routed.overwritten:
+            raise HandleError(
+                "two other dispatches came between this handle's dispatch and its combine, and have overwritten what "
+                "it received: combine before the next dispatch but one, or dispatch again with handle="
+            )
         with self._comm.running(how.previous, how.asynchronous):
             if routed.step is None:
-                self._open(routed, nothing(routed.tokens, hidden, device), hit, how)
+                self._open(routed, nothing(routed.tokens, hidden, device), hit, how, False)
             assert routed.step is not None
             use_sms(a2a, how.num_sms)
             out = a2a.combine(x, routed.step.handle)
-            steps.ended(routed)
+            steps.ended(routed.step)
             for tensor in bias:
                 out += tensor.detach()
             sums = None if topk_weights is None else self._combine_weights(routed, topk_weights, hit, how)

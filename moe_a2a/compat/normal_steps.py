@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass, field
 
 import torch
@@ -18,22 +17,25 @@ _MARK = "_moe_a2a_routed"
 
 @dataclass(eq=False)
 class Routed:
-    """What a handle stands for. tokens, rows: T and N of this rank. step: the one that is open."""
+    """What a handle stands for. tokens, rows: T and N of this rank. step: the one that is open. overwritten: it had
+    one, which was not combined before others needed its buffers."""
 
     steps: Steps
     tokens: int
     rows: int
     step: Step | None = None
+    overwritten: bool = False
 
 
 @dataclass(eq=False)
 class Step:
-    """A step that has not ended. routed: gone when nobody holds the handle any more. captured: in a CUDA graph."""
+    """A step that has not ended. captured: in a CUDA graph. kept: its results are copies."""
 
     number: int
     handle: Handle
-    routed: weakref.ref[Routed]
+    routed: Routed
     captured: bool
+    kept: bool
 
 
 @dataclass(eq=False)
@@ -51,14 +53,10 @@ class Steps:
         ending = [step for step in self.open if step is own or step.number < self.count]
         for step in ending:
             self.check_side(step)
-            if step is not own and step.routed() is not None:
-                raise HandleError(
-                    "two dispatches of this Buffer are open, and a third needs the memory of the first, whose handle "
-                    "is still held: combine it, or let go of the handle, before"
-                )
         for step in ending:
             self.a2a.discard(step.handle)
-            self._forget(step)
+            self.ended(step)
+            step.routed.overwritten = step is not own and not step.kept
 
     def check_side(self, step: Step) -> None:
         """Raises HandleError if a step is on the other side of a graph capture: a replay makes steps of its own."""
@@ -68,22 +66,17 @@ class Steps:
                 "combine it on that side of the capture"
             )
 
-    def begun(self, handle: Handle, routed: Routed) -> None:
-        """A step was sent and received, in place of the one that `routed` had."""
+    def begun(self, handle: Handle, routed: Routed, kept: bool) -> None:
+        """A step was sent and received."""
         self.count += 1
-        routed.step = Step(self.count, handle, weakref.ref(routed), capturing(self.a2a.device))
+        routed.overwritten = False
+        routed.step = Step(self.count, handle, routed, capturing(self.a2a.device), kept)
         self.open.append(routed.step)
 
-    def ended(self, routed: Routed) -> None:
-        """A step was combined."""
-        assert routed.step is not None
-        self._forget(routed.step)
-
-    def _forget(self, step: Step) -> None:
+    def ended(self, step: Step) -> None:
+        """A step was combined or discarded."""
         self.open.remove(step)
-        routed = step.routed()
-        if routed is not None:
-            routed.step = None
+        step.routed.step = None
 
 
 def mark(recv_src_idx: torch.Tensor, routed: Routed) -> None:

@@ -44,12 +44,12 @@ PAIR = (0, GPUS - 1)
 
 @pytest.mark.parametrize("gpus", PLACES)
 def test_every_form_and_every_way_to_wait_matches_the_reference(gpus: tuple[int, ...]) -> None:
-    run_ranks(all_forms, len(gpus), gpus)
+    run_ranks(all_forms, len(gpus), gpus, timeout=240)
 
 
 @pytest.mark.parametrize("ranks_do", [two_batches, dropped, handles, worst, sizes, training, wander])
 def test_what_cpu_ranks_do_gpu_ranks_do(ranks_do: Any) -> None:
-    run_ranks(ranks_do, 2, PAIR)
+    run_ranks(ranks_do, 2, PAIR, timeout=240)
 
 
 def test_the_example_runs_on_gpus() -> None:
@@ -205,7 +205,7 @@ def _captured(call: Any) -> None:
 
 @pytest.mark.parametrize("end", ["plain", "chain"])
 def test_layers_are_captured_and_replayed(end: str) -> None:
-    run_ranks(_graphs, 2, PAIR, end)
+    run_ranks(_graphs, 2, PAIR, end, timeout=240)
 
 
 # ------------------------------------------------------------------------------------------------------------- others
