@@ -95,8 +95,8 @@ def prefill_tokens(args: Any) -> int:
     chunk = args.chunked_prefill_size
     if chunk is None or chunk <= 0:
         raise FlagError(
-            f"--chunked-prefill-size {chunk}: without chunks the length of a prompt is the only limit of a prefill batch, "
-            "and the buffers of --moe-a2a-backend mooncake need one; give a size above 0, such as 8192"
+            f"--chunked-prefill-size {chunk}: without chunks only the length of a prompt limits a prefill batch, and the "
+            "buffers of --moe-a2a-backend mooncake need a limit; give a size above 0, such as 8192"
         )
     tokens = int(chunk)
     if args.pp_size > 1 and args.enable_dynamic_chunking:
@@ -108,7 +108,7 @@ def limits_from_server_args(server_args: Any) -> Limits:
     """Token limits that follow from the flags. Raises FlagError."""
     args = server_args
     mode = args.deepep_mode
-    # The tokens of a rank of attention are spread over the ranks that share its attention heads before they go to experts.
+    # Ranks that share the heads of an attention share its tokens out before these go to experts.
     sharing = max(1, args.tp_size // attention_data_parallel(args))
     decode = running_requests(args) * tokens_per_request(args)
     # A step in which any rank prefills is a prefill step on all, so its limit holds batches that decode too.
