@@ -95,8 +95,8 @@ def prefill_tokens(args: Any) -> int:
     chunk = args.chunked_prefill_size
     if chunk is None or chunk <= 0:
         raise FlagError(
-            f"--chunked-prefill-size {chunk}: without chunks only the length of a prompt limits a prefill batch, and the "
-            "buffers of --moe-a2a-backend mooncake need a limit; give a size above 0, such as 8192"
+            f"--chunked-prefill-size {chunk}: without chunks only the length of a prompt limits a prefill batch, and "
+            "the buffers of --moe-a2a-backend mooncake need a limit; give a size above 0, such as 8192"
         )
     tokens = int(chunk)
     if args.pp_size > 1 and args.enable_dynamic_chunking:
