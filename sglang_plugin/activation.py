@@ -90,7 +90,8 @@ def check_runner(layer: Any) -> None:
     if not get_moe_a2a_backend().is_mooncake() or layer.deprecate_flag or layer.use_w4afp8:
         return
     quantisation = None if layer.quant_config is None else layer.quant_config.get_name()
-    runner = get_moe_runner_backend()
+    # 0.5.23 settles the runner for each layer.
+    runner = getattr(layer, "runner_backend", None) or get_moe_runner_backend()
     if quantisation is None and runner.is_deep_gemm() and _deep_gemm():
         # SGLang has this branch for DeepEP only: DeepGEMM takes bf16 rows in both layouts.
         layer.deprecate_flag = True
