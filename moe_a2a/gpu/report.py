@@ -48,6 +48,11 @@ def describe_bad_input(word: int, layout: Layout, dtype: torch.dtype) -> str:
     return f"topk_ids[{token}, {position}] = {chosen}; allowed are 0 to {layout.E - 1}, and -1 for no expert"
 
 
+def is_value(word: int) -> bool:
+    """Is what a BAD_INPUT word reports a scale, weight or hidden state, and not an id? Those were sent as they are."""
+    return (word >> 32) & 7 >= 2
+
+
 def describe_misuse(word: int) -> str:
     """The message for a MISUSE word other than 0."""
     what = []
