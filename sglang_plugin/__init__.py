@@ -15,6 +15,7 @@ from typing import Any
 #: "0" in this environment variable leaves SGLang as it was.
 SWITCH = "MOE_A2A_SGLANG"
 
+_ARGUMENTS = "sglang.srt.server_args.ServerArgs"
 _SCHEDULER = "sglang.srt.managers.scheduler"
 
 
@@ -23,9 +24,12 @@ def register() -> None:
     if os.environ.get(SWITCH) == "0":
         return
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+    from sglang.srt.server_args import ServerArgs
 
     place = HookRegistry.register
-    place("sglang.srt.server_args.ServerArgs.__post_init__", _on_arguments, HookType.BEFORE)
+    # Where resolution begins. Up to 0.5.19 that is with the object itself.
+    begin = "resolve_once" if hasattr(ServerArgs, "resolve_once") else "__post_init__"
+    place(f"{_ARGUMENTS}.{begin}", _on_arguments, HookType.BEFORE)
     # Only a process that runs schedulers has imported their module by now, and the others should not because of us.
     if _SCHEDULER in sys.modules:
         place(f"{_SCHEDULER}.Scheduler.__init__", _on_scheduler, HookType.BEFORE)
@@ -39,7 +43,7 @@ def _place_resolution_hooks(place_around: Callable[[str, Callable[..., None]], N
         from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
     except ImportError:  # up to 0.5.19 the steps are methods
         for name, hook in steps.items():
-            place_around(f"sglang.srt.server_args.ServerArgs._{name}", hook)
+            place_around(f"{_ARGUMENTS}._{name}", hook)
     else:
         for name, hook in steps.items():
             register_resolution_hook(name)(_wrapper(hook))

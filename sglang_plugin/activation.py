@@ -6,6 +6,7 @@ import functools
 import logging
 import os
 import sys
+from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -33,7 +34,7 @@ def activate(server_args: Any) -> None:
     limits.use(limits.limits_from_server_args(args, adapter.most_draft_tokens(server_args)))
     replace_dispatcher()
     provide_sms(args)
-    check_runners()
+    watch()
     _log(args)
 
 
@@ -66,21 +67,31 @@ def provide_sms(args: Any) -> None:
     )
 
 
-def check_runners() -> None:
-    """Have every expert layer checked when it is built: not all runners of SGLang take what a dispatcher hands out."""
+def watch() -> None:
+    """Have each expert layer checked when it is built, and errors of replayed graphs raised after a forward pass."""
     from sglang.srt.layers.moe.ep_moe.layer import DeepEPMoE
+    from sglang.srt.model_executor.model_runner import ModelRunner
 
-    built = DeepEPMoE.__init__
-    if getattr(built, "_moe_a2a", False):
+    from moe_a2a.sglang_plugin import buffers
+
+    _follow(DeepEPMoE, "__init__", check_runner)
+    _follow(ModelRunner, "forward", lambda runner: buffers.poll())
+
+
+def _follow(owner: Any, name: str, then: Callable[[Any], None]) -> None:
+    """Call `then(self)` whenever a method has returned."""
+    method = getattr(owner, name)
+    if hasattr(method, "_moe_a2a"):
         return
 
-    @functools.wraps(built)
-    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
-        built(self, *args, **kwargs)
-        check_runner(self)
+    @functools.wraps(method)
+    def followed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = method(self, *args, **kwargs)
+        then(self)
+        return result
 
-    checked._moe_a2a = True  # type: ignore[attr-defined]
-    DeepEPMoE.__init__ = checked
+    followed._moe_a2a = True  # type: ignore[attr-defined]
+    setattr(owner, name, followed)
 
 
 def check_runner(layer: Any) -> None:

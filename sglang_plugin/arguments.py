@@ -44,4 +44,4 @@ def after_all(server_args: Any) -> None:
         args = adapter.view(server_args)
     limits = limits_from_server_args(args, adapter.most_draft_tokens(server_args))
     flags.check_resolved(args, limits, flags.ModelSizes.of(adapter.model_config(server_args)))
-    object.__setattr__(server_args, MARK, True)
+    setattr(server_args, MARK, True)
