@@ -66,7 +66,7 @@ def running_requests(args: Any) -> int:
     """The most requests that one rank decodes at a time."""
     ranks = attention_data_parallel(args)
     if args.max_running_requests is not None:
-        return max(1, args.max_running_requests // ranks)
+        return max(1, int(args.max_running_requests) // ranks)
     return default_running_requests(args)
 
 
@@ -76,18 +76,14 @@ def default_running_requests(args: Any) -> int:
     return int((graphs.decode.max_bs if graphs is not None else None) or DEFAULT_RUNNING_REQUESTS)
 
 
-def tokens_per_request(args: Any) -> int:
+def tokens_per_request(args: Any, draft_tokens: int | None = None) -> int:
     """Tokens that a decoding request brings to one forward pass: more than one under speculative decoding."""
     if args.speculative_algorithm is None:
         return 1
-    given = (args.speculative_num_draft_tokens, args.speculative_eagle_topk)
-    # Adaptive speculation may use more tokens than the flag says; SGLang computes them as steps + 1.
-    return max(1, *(int(value) for value in given if value), _adaptive_draft_tokens(args))
-
-
-def _adaptive_draft_tokens(args: Any) -> int:
-    most = getattr(args, "max_speculative_num_draft_tokens", None)  # a property up to 0.5.19
-    return int(most) if isinstance(most, int) else 1
+    given = (args.speculative_num_draft_tokens, args.speculative_eagle_topk, draft_tokens)
+    tokens = max(1, *(int(value) for value in given if value))
+    # Each layer of a multi-layer draft looks back over the steps before it.
+    return tokens + (2 * (args.speculative_num_steps or 0) if args.enable_multi_layer_eagle else 0)
 
 
 def prefill_tokens(args: Any) -> int:
@@ -104,16 +100,18 @@ def prefill_tokens(args: Any) -> int:
     return tokens
 
 
-def limits_from_server_args(server_args: Any) -> Limits:
-    """Token limits that follow from the flags. Raises FlagError."""
+def limits_from_server_args(server_args: Any, draft_tokens: int | None = None) -> Limits:
+    """Token limits that follow from resolved flags. Raises FlagError.
+
+    draft_tokens: the most that adaptive speculation may use, where that is more than the flag says.
+    """
     args = server_args
-    mode = args.deepep_mode
     # Ranks that share the heads of an attention share its tokens out before these go to experts.
     sharing = max(1, args.tp_size // attention_data_parallel(args))
-    decode = running_requests(args) * tokens_per_request(args)
+    decode = running_requests(args) * tokens_per_request(args, draft_tokens)
     # A step in which any rank prefills is a prefill step on all, so its limit holds batches that decode too.
     prefill = max(decode, prefill_tokens(args) + (decode if args.enable_mixed_chunk else 0))
-    if mode == "low_latency":
+    if args.deepep_mode == "low_latency":
         decode = prefill
     channels = ("0", "1") if args.enable_two_batch_overlap else ("0",)
     return Limits(_up(-(-decode // sharing)), _up(-(-prefill // sharing)), channels)
