@@ -13,7 +13,9 @@ import torch
 
 if not torch.cuda.is_available():
     for _name in ("nms", "qnms"):
-        torch.library.define(f"torchvision::{_name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        if not hasattr(torch.ops.torchvision, _name):
+            _boxes = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+            torch.library.define(f"torchvision::{_name}", _boxes)
 
 from sglang.srt.batch_overlap import two_batch_overlap
 from sglang.srt.layers.moe import utils as moe_utils

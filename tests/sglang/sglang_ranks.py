@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import ranks
+import sglang_env  # noqa: F401  first: what a rank is given to do imports SGLang
 import torch
 import torch.distributed as dist
 from ranks import Ctx, run_ranks

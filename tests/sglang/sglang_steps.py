@@ -16,6 +16,7 @@ import sglang_env
 import torch
 import torch.distributed as dist
 from sglang.srt.batch_overlap import operations, operations_strategy
+from sglang.srt.layers import deep_gemm_wrapper
 from sglang.srt.layers.dp_attention import set_is_extend_in_batch
 from sglang.srt.layers.moe.token_dispatcher.deepep import (
     DeepEPLLCombineInput,
@@ -158,7 +159,7 @@ def check_dispatch(model: Model, rank: int, batch: Batch, output: Any, fp8: str 
     weights = torch.cat([w[hit] for w, hit in zip(batch.weights, hits, strict=True)])
     assert torch.equal(output.topk_weights, torch.where(expected_ids >= 0, weights, 0.0))
     counts = [int((expected_ids == e).sum()) for e in range(here)]
-    alignment = 128 if sglang_env.deep_gemm_wrapper.ENABLE_JIT_DEEPGEMM else 1
+    alignment = 128 if deep_gemm_wrapper.ENABLE_JIT_DEEPGEMM else 1
     assert output.num_recv_tokens_per_expert == [-(-c // alignment) * alignment for c in counts]
     _check_scales(output, slice(None), [(sent[r][1], hit) for r, hit in enumerate(hits)], fp8, len(expected_ids))
     if fp8 == "fp32":

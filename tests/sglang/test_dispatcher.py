@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 
-sglang_env = pytest.importorskip("sglang_env", reason="needs SGLang: make test-sglang")
+pytest.importorskip("sglang.srt", reason="SGLang is not installed: make test-sglang")
 
 import torch
 from ranks import Ctx
+from sglang.srt.layers import deep_gemm_wrapper
+from sglang.srt.layers.dp_attention import set_is_extend_in_batch
 from sglang_ranks import on_ranks
 from sglang_steps import Batch, Model, Rank, check_sums, make_batch, run_experts
 
@@ -22,7 +24,7 @@ PREFILL = ((24, 7, 0, 13), (0, 0, 24, 1), (0, 0, 0, 0), (5, 24, 24, 24))
 
 def use_jit_flags(jit: bool, blackwell: bool = False) -> None:
     """What SGLang finds out about the GPU, in which rows are FP8 in prefill steps too."""
-    wrapper = sglang_env.deep_gemm_wrapper
+    wrapper = deep_gemm_wrapper
     wrapper.ENABLE_JIT_DEEPGEMM = jit
     wrapper.DEEPGEMM_BLACKWELL = wrapper.DEEPGEMM_SCALE_UE8M0 = blackwell
 
@@ -134,17 +136,11 @@ def fused_shared_experts(ctx: Ctx) -> None:
                 topk_ids=brought.topk_ids.new_empty((0, model.top_k - 1)),
                 topk_weights=brought.topk_weights.new_empty((0, model.top_k - 1)),
             )
-        sglang_env_extend(extend)
+        set_is_extend_in_batch(extend)
         dispatcher = rank.layers[0]
         output = dispatcher.dispatch(hidden_states=batch.x[ctx.rank], topk_output=brought)
         out = dispatcher.combine(combine_input=run_experts(model, ctx.rank, output))
         check_sums(model, ctx.rank, batch, out, rank.fp8(extend))
-
-
-def sglang_env_extend(extend: bool) -> None:
-    from sglang.srt.layers.dp_attention import set_is_extend_in_batch
-
-    set_is_extend_in_batch(extend)
 
 
 def test_a_rank_without_tokens_may_leave_the_shared_experts_choice_out() -> None:
@@ -210,9 +206,9 @@ def halves(ctx: Ctx) -> None:
     dispatcher = rank.layers[0]
     for extend in (False, True, False):
         batch: Batch = rank.batch(5, (8, 2))
-        sglang_env_extend(extend)
+        set_is_extend_in_batch(extend)
         dispatcher.dispatch_a(hidden_states=batch.x[ctx.rank], topk_output=batch.topk(ctx.rank))
-        sglang_env_extend(not extend)  # the mode is that of the batch's start
+        set_is_extend_in_batch(not extend)  # the mode is that of the batch's start
         output = dispatcher.dispatch_b()
         dispatcher.combine_a(combine_input=run_experts(rank.model, ctx.rank, output))
         check_sums(rank.model, ctx.rank, batch, dispatcher.combine_b(), rank.fp8(extend))

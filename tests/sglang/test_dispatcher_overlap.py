@@ -6,11 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 
-sglang_env = pytest.importorskip("sglang_env", reason="needs SGLang: make test-sglang")
+pytest.importorskip("sglang.srt", reason="SGLang is not installed: make test-sglang")
 
+import sglang_env
 import torch
 from ranks import Ctx
 from sglang.srt.batch_overlap import operations_strategy
+from sglang.srt.layers import deep_gemm_wrapper
 from sglang_ranks import on_ranks
 from sglang_steps import Model, Rank, check_overlapped, interleaved, overlapped
 
@@ -30,7 +32,7 @@ def pretend_gpu() -> None:
 
 def micro_batches(ctx: Ctx, mode: str) -> None:
     pretend_gpu()
-    sglang_env.deep_gemm_wrapper.ENABLE_JIT_DEEPGEMM = True
+    deep_gemm_wrapper.ENABLE_JIT_DEEPGEMM = True
     layers = 3
     rank = Rank(Model(ranks=ctx.world), ctx.rank, CPU, layers, enable_two_batch_overlap=True, deepep_mode=mode)
     assert [len(layer._inners) for layer in rank.layers] == [2] * layers
