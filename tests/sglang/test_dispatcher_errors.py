@@ -173,17 +173,17 @@ def not_finite_once(ctx: Ctx) -> tuple[int, list[str]]:
     rank = Rank(Model(ranks=1), ctx.rank, CPU)
     rank.step(0, rank.batch(1, (3,)), False)
     (shared,) = buffers._decode.values()
-    dispatch, poll, raised = shared.a2a.dispatch, shared.a2a.poll, iter([True, False, False])
+    send, poll, raised = shared.a2a.dispatch_send, shared.a2a.poll, iter([True, False, False])
 
     def reporting(*args: Any, **kwargs: Any) -> Any:
         if next(raised):
             raise NotFinite("x: token 1, columns 0 to 127 has scale nan")
-        return dispatch(*args, **kwargs)
+        return send(*args, **kwargs)
 
-    shared.a2a.dispatch = reporting
+    shared.a2a.dispatch_send = reporting
     rank.step(0, rank.batch(2, (3,)), False)
     rank.step(0, rank.batch(3, (3,)), False)
-    shared.a2a.dispatch = dispatch
+    shared.a2a.dispatch_send = send
 
     def polled() -> None:
         poll()
