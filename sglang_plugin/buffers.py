@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from moe_a2a.all_to_all import AllToAll
+from moe_a2a.bootstrap import GroupBootstrap
 from moe_a2a.config import Config, Options
 from moe_a2a.errors import HandleError, NotFinite
 from moe_a2a.sglang_plugin import limits
@@ -24,6 +25,9 @@ logger = logging.getLogger(__name__)
 #: How long a rank waits for another. Longer than upstream's 10 s: runners compile a kernel now and then, and not all
 #: ranks do so at the same time.
 TIMEOUT_S = 30.0
+
+#: How long for the first dispatch, before which ranks compile or load this and that.
+MEETING_S = 600.0
 
 _ROWS = 4  # R * M is a multiple: scales are stored by column, and a column is whole vectors of 16 bytes
 
@@ -128,6 +132,7 @@ def _build(
     )
     # SGLang's forward passes run in inference mode. What is made in it cannot be changed outside of it, as `poll` does.
     with torch.inference_mode(False):
+        GroupBootstrap(group).all_gather(None, MEETING_S)
         a2a = AllToAll(config, group, device=device, options=Options(timeout_s=TIMEOUT_S))
     if a2a.rank == 0:
         logger.info(

@@ -52,22 +52,20 @@ class Decode:
     # dispatch
 
     def dispatch(self, x: torch.Tensor, topk_output: Any) -> tuple[Open, Any]:
-        """Both halves; on GPU ranks, outside of graphs, in one launch."""
-        shared, tokens, channel = self._ready(x, topk_output)
-        fp8 = self.rows.fp8
-        rows = shared.masked_rows(channel, FP8 if fp8 else torch.bfloat16)
-        got = past_not_finite(
-            lambda: shared.a2a.dispatch(tokens.x, tokens.ids, tokens.weights, fp8=fp8, channel=channel, out=rows)
-        )
-        step = Open(tokens, got.handle)
-        return step, self._output(shared, step, got)
+        """Both halves, also where one launch could do both: graphs run the kernels of the halves, and the eager passes
+        before a capture must have compiled them."""
+        step = self.dispatch_a(x, topk_output)
+        return step, self.dispatch_b(step)
 
     def dispatch_a(self, x: torch.Tensor, topk_output: Any) -> Open:
         """Send."""
-        shared, tokens, channel = self._ready(x, topk_output)
+        shared, tokens = self._shared(x.device), Tokens.of(x, topk_output, self._place)
+        check_local_experts(self._place, shared)
+        check_fits(tokens, shared, "decode", _FLAGS)
+        fp8, channel = self.rows.fp8, shared.channel(self._place.channel)
         handle = past_not_finite(
             lambda: shared.a2a.dispatch_send(
-                tokens.x, tokens.ids, tokens.weights, fp8=self.rows.fp8, channel=channel, layout="masked"
+                tokens.x, tokens.ids, tokens.weights, fp8=fp8, channel=channel, layout="masked"
             )
         )
         return Open(tokens, handle)
@@ -84,10 +82,9 @@ class Decode:
 
     def combine(self, step: Open, combine_input: Any, overlap: Any) -> torch.Tensor:
         """Both halves, in one launch on GPU ranks."""
-        y = self._check(step, combine_input)
-        a2a = self._shared(y.device).a2a
+        y, out = self._check(step, combine_input), self._sums(step)
         with _aside(overlap):
-            return a2a.combine(y, step.handle, out=self._sums(step))
+            return self._shared(y.device).a2a.combine(y, step.handle, out=out)
 
     def combine_a(self, step: Open, combine_input: Any, overlap: Any) -> None:
         """Send."""
@@ -106,12 +103,6 @@ class Decode:
 
     def _shared(self, device: torch.device) -> Shared:
         return buffers.for_decode(self._place.group, self._place.sizes, device)
-
-    def _ready(self, x: torch.Tensor, topk_output: Any) -> tuple[Shared, Tokens, str]:
-        shared, tokens = self._shared(x.device), Tokens.of(x, topk_output, self._place)
-        check_local_experts(self._place, shared)
-        check_fits(tokens, shared, "decode", _FLAGS)
-        return shared, tokens, shared.channel(self._place.channel)
 
     def _output(self, shared: Shared, step: Open, got: Masked) -> Any:
         get_global_expert_distribution_recorder().on_deepep_dispatch_low_latency(got.counts)

@@ -47,7 +47,13 @@ class Tokens:
         if not len(x) and ids.shape[1:] != (sizes.top_k,):
             # SGLang leaves fused shared experts out of the routing of a rank without tokens.
             ids, weights = ids.new_empty((0, sizes.top_k)), weights.new_empty((0, sizes.top_k))
-        return Tokens(x.contiguous(), ids.to(torch.int64).contiguous(), weights.to(torch.float32).contiguous())
+        return Tokens(_whole(x), _whole(ids.to(torch.int64)), _whole(weights.to(torch.float32)))
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """Contiguous, from a multiple of 16 bytes on, as kernels read it: usually the tensor itself."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor
 
 
 def check_fits(tokens: Tokens, shared: Shared, phase: str, flags: str) -> None:
