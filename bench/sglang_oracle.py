@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -83,7 +84,7 @@ def from_experts(y: torch.Tensor, tokens: Gathered, slots: torch.Tensor) -> torc
     expert = tokens.local.clamp_min(0)
     rows = y[expert, slots.gather(1, expert).clamp_min(0)].float()  # [N, K, H]
     valid = (tokens.local >= 0)[:, :, None]
-    return torch.where(valid, rows * tokens.weights[:, :, None], 0.0).sum(dim=1).to(torch.bfloat16)
+    return _in_order(torch.where(valid, rows * tokens.weights[:, :, None], 0.0).unbind(dim=1))
 
 
 def sum_over_ranks(partial: torch.Tensor, tokens: Gathered, count: int, group: Any) -> torch.Tensor:
@@ -92,7 +93,15 @@ def sum_over_ranks(partial: torch.Tensor, tokens: Gathered, count: int, group: A
     out = partial.new_empty((ranks * len(partial), partial.shape[1]))
     dist.all_gather_into_tensor(out, partial.contiguous(), group=group)
     mine = out.view(ranks, ranks, tokens.padded, -1)[:, rank, :count]
-    return mine.float().sum(dim=0).to(torch.bfloat16)
+    return _in_order(mine.float().unbind())
+
+
+def _in_order(terms: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The sum in fp32, one term after the other, rounded once to bf16."""
+    total = torch.zeros_like(terms[0])
+    for term in terms:
+        total += term
+    return total.to(torch.bfloat16)
 
 
 def dispatcher_class() -> type:
