@@ -102,7 +102,8 @@ def check_finite_scales(scales: torch.Tensor, name: str) -> None:
     if not bool(good.all()):
         token, group = (int(i) for i in torch.nonzero(~good)[0])
         columns = f"columns {group * GROUP} to {group * GROUP + GROUP - 1}"
-        raise NotFinite(
+        kind = NotFinite if name == "x" else InputError
+        raise kind(
             f"{name}: token {token}, {columns} has scale {float(scales[token, group])}; scales must be finite and "
             f"above 0 "
             "(a NaN or infinity in the hidden states gives such a scale)"

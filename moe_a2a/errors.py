@@ -28,7 +28,8 @@ class InputError(MoeA2AError, ValueError):
 
 
 class NotFinite(InputError):
-    """Router weights, scales or hidden states hold a NaN or an infinity, or weights beyond the payload's range.
+    """Router weights, or hidden states to be quantised, hold a NaN or an infinity, or a weight is beyond the payload's
+    range.
 
     GPU ranks send them as they are, and a later call raises this: no step is lost but for these values. On CPU ranks
     nothing was sent.

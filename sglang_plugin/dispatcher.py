@@ -15,7 +15,7 @@ from sglang.srt.layers.moe.token_dispatcher.deepep import DeepEPPDispatchHooks, 
 from sglang.srt.layers.moe.utils import DeepEPMode, is_tbo_enabled
 
 from moe_a2a.errors import ConfigError, HandleError
-from moe_a2a.sglang_plugin import limits
+from moe_a2a.sglang_plugin import buffers, limits
 from moe_a2a.sglang_plugin.buffers import Sizes
 from moe_a2a.sglang_plugin.decode import Decode
 from moe_a2a.sglang_plugin.phase import Place
@@ -74,7 +74,7 @@ class MooncakeDispatcher(BaseDispatcher):  # type: ignore[misc]  # SGLang has no
             )
         # SGLang builds the dispatchers of a layer's micro-batches one after the other, so theirs differ.
         place = Place(group, Sizes(num_experts, hidden_size, router_topk), num_local_experts, next(_made) % channels)
-        self.deepep_mode = deepep_mode
+        self.deepep_mode, self._place, self._ready = deepep_mode, place, False
         self._decode, self._prefill = Decode(place, runner_backend), Prefill(place, runner_backend)
         self._step: _Step | None = None
         self._hooks = DeepEPPDispatchHooks()
@@ -87,13 +87,13 @@ class MooncakeDispatcher(BaseDispatcher):  # type: ignore[misc]  # SGLang has no
             self.dispatch_a(hidden_states, topk_output)
             self._hooks(self)
             return self.dispatch_b()
-        phase = self._begin()
+        phase = self._begin(hidden_states.device)
         step, output = phase.dispatch(hidden_states, topk_output)
         self._step = _Step(phase, step, "dispatch_b")
         return output
 
     def dispatch_a(self, hidden_states: torch.Tensor, topk_output: Any) -> None:
-        phase = self._begin()
+        phase = self._begin(hidden_states.device)
         self._step = _Step(phase, phase.dispatch_a(hidden_states, topk_output), "dispatch_a")
 
     def dispatch_b(self) -> Any:
@@ -146,13 +146,24 @@ class MooncakeDispatcher(BaseDispatcher):  # type: ignore[misc]  # SGLang has no
 
     # helpers
 
-    def _begin(self) -> Decode | Prefill:
+    def _begin(self, device: torch.device) -> Decode | Prefill:
         if self._step is not None:
             raise HandleError(f"a dispatch began after {self._step.stage}, and its step has not been combined")
         # While DeepGEMM compiles, ranks are minutes apart; SGLang lets them meet here.
         _deepep_precompile_tp_barrier()
+        if not self._ready:
+            self._make_buffers(device)
         mode = self.deepep_mode.resolve(get_is_extend_in_batch())
         return self._prefill if mode == DeepEPMode.NORMAL else self._decode
+
+    def _make_buffers(self, device: torch.device) -> None:
+        """Those of both phases, at the first dispatch of either: what does not fit fails while the server starts."""
+        group, sizes = self._place.group, self._place.sizes
+        if self.deepep_mode.enable_low_latency():
+            buffers.for_decode(group, sizes, device)
+        if self.deepep_mode.enable_normal():
+            buffers.for_prefill(group, sizes, device)
+        self._ready = True
 
     def _after(self, last: str, now: str) -> _Step:
         step = self._step

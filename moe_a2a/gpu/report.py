@@ -49,8 +49,8 @@ def describe_bad_input(word: int, layout: Layout, dtype: torch.dtype) -> str:
 
 
 def is_value(word: int) -> bool:
-    """Is what a BAD_INPUT word reports a scale, weight or hidden state, and not an id? Those were sent as they are."""
-    return (word >> 32) & 7 >= 2
+    """Does a BAD_INPUT word report a weight or hidden state, sent as it is, and not an id or a given scale?"""
+    return (word >> 32) & 7 in (3, 4)
 
 
 def describe_misuse(word: int) -> str:

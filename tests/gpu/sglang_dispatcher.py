@@ -108,7 +108,7 @@ class Graph:
         torch.cuda.synchronize()
         dist.barrier()
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.sums = self.forward()
 
     def forward(self) -> list[torch.Tensor]:
@@ -163,7 +163,7 @@ def two_batches_captured(section: Section) -> None:
     torch.cuda.synchronize()
     dist.barrier()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         states = overlapped(made, batches, False, check=False)
     for _ in range(10):
         for state in states:
@@ -256,7 +256,7 @@ def times(section: Section) -> None:
         torch.cuda.synchronize()
         dist.barrier()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             for _ in range(20):
                 once(batch, y)
         say(section, f"decode, {tokens} tokens, in a graph: {timed(graph.replay, 10) / 20:.1f} us a layer")

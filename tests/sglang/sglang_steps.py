@@ -99,7 +99,7 @@ def dequantized(rows: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor
             .to(torch.int32)[..., : rows.shape[-1] // 128]
         )
         scales = (exponents << 23).view(torch.float32)
-    return rows.float() * scales.repeat_interleave(128, dim=-1)
+    return (rows.float().unflatten(-1, (-1, 128)) * scales.unsqueeze(-1)).flatten(-2)
 
 
 # what the experts of a rank do

@@ -15,6 +15,8 @@ from sglang.srt.layers.dp_attention import set_is_extend_in_batch
 from sglang_ranks import on_ranks
 from sglang_steps import Batch, Model, Rank, check_sums, make_batch, run_experts
 
+from moe_a2a.sglang_plugin import buffers
+
 CPU = torch.device("cpu")
 WORLDS = (2, 4)
 #: T by rank of a few steps, cut to the number of ranks: unequal, full, with empty ranks, all empty.
@@ -53,6 +55,18 @@ def test_every_mode_dispatches_and_combines_what_the_oracle_says(world: int, mod
 
 def test_blackwell_gets_packed_exponents_as_scales() -> None:
     on_ranks(steps_of_mode, 2, "auto", "fp8", True)
+
+
+def first_dispatch(ctx: Ctx, mode: str) -> tuple[int, int]:
+    rank = Rank(Model(ranks=ctx.world), ctx.rank, CPU, layers=2, deepep_mode=mode)
+    for seed, layer in enumerate((0, 0, 1)):
+        rank.step(layer, rank.batch(seed, (3, 4)), False)
+    return len(buffers._decode), len(buffers._prefill)
+
+
+@pytest.mark.parametrize("mode, built", [("auto", (1, 1)), ("normal", (0, 1)), ("low_latency", (1, 0))])
+def test_the_first_dispatch_builds_all_buffers_that_the_mode_can_need(mode: str, built: tuple[int, int]) -> None:
+    assert on_ranks(first_dispatch, 2, mode) == [built, built]
 
 
 # what decides the form of rows
