@@ -9,7 +9,7 @@ GPU_PREFILL_FLAGS ?= --layout contiguous --tokens 4096,8192 --routing uniform,zi
 	--json bench/results/gpu_skew.json
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-gpu lint types format bench bench-gpu doctor clean
+.PHONY: help setup run test test-gpu test-sglang lint types format bench bench-gpu doctor clean
 
 help:  ## show this list
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -26,6 +26,9 @@ test: lint types  ## ruff, mypy --strict, pytest
 
 test-gpu:  ## the tests that need CUDA GPUs, with $(PYTHON) and the CUDA build of torch that it has
 	@PYTHONPATH=. $(PYTHON) -m pytest $(PYTEST_FLAGS) tests/gpu
+
+test-sglang:  ## the SGLang plug-in against the sources of three releases; SGLANG_VERSIONS=0.5.20 chooses
+	@PYTEST_FLAGS="$(PYTEST_FLAGS)" $(PYTHON) tools/sglang_tests.py
 
 lint: setup
 	@$(BIN)/ruff check .
@@ -49,5 +52,5 @@ doctor: setup  ## what this machine can do, and what is missing
 	@$(BIN)/moe-a2a doctor
 
 clean:  ## remove .venv, caches and build outputs
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-sglang build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -76,6 +76,8 @@ class Backend(Protocol):
 
     def check(self) -> None: ...
 
+    def poll(self) -> None: ...
+
     def close(self) -> None:
         """Refuse every later call. `resources` are closed apart from this."""
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from moe_a2a.config import GROUP, Config
-from moe_a2a.errors import InputError
+from moe_a2a.errors import InputError, NotFinite
 from moe_a2a.fp8 import FP8, SCALE_FORMATS, ScaleFormat, is_power_of_two
 from moe_a2a.transport.wire import FloatArray, IntArray
 
@@ -77,7 +77,7 @@ def check_weights(config: Config, topk_weights: object, tokens: int) -> FloatArr
     wrong = ~(np.abs(weights) <= limit)
     if wrong.any():
         token, k = np.argwhere(wrong)[0]
-        raise InputError(
+        raise NotFinite(
             f"topk_weights[{token}, {k}] = {weights[token, k]}; router weights must be finite and within {limit:g} "
             f"for {config.dtype}"
         )
@@ -102,7 +102,8 @@ def check_finite_scales(scales: torch.Tensor, name: str) -> None:
     if not bool(good.all()):
         token, group = (int(i) for i in torch.nonzero(~good)[0])
         columns = f"columns {group * GROUP} to {group * GROUP + GROUP - 1}"
-        raise InputError(
+        kind = NotFinite if name == "x" else InputError
+        raise kind(
             f"{name}: token {token}, {columns} has scale {float(scales[token, group])}; scales must be finite and "
             f"above 0 "
             "(a NaN or infinity in the hidden states gives such a scale)"

@@ -235,6 +235,9 @@ class CpuBackend:
     def check(self) -> None:
         self._health.check()
 
+    def poll(self) -> None:
+        self._health.check()
+
     # life
 
     def close(self) -> None:

@@ -27,6 +27,15 @@ class InputError(MoeA2AError, ValueError):
     handle: Handle | None = None
 
 
+class NotFinite(InputError):
+    """Router weights, or hidden states to be quantised, hold a NaN or an infinity, or a weight is beyond the payload's
+    range.
+
+    GPU ranks send them as they are, and a later call raises this: no step is lost but for these values. On CPU ranks
+    nothing was sent.
+    """
+
+
 class HandleError(MoeA2AError):
     """A handle was used out of order, twice, or with an object that did not make it: nothing was sent. Or some ranks
     combined a step that others discarded: then the object is broken and must be closed."""

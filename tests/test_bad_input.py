@@ -14,7 +14,7 @@ import torch
 from ranks import Ctx, run_ranks
 from steps import Case, check_dispatched, check_sum, dispatch_args, expert_output, run_step, world_of
 
-from moe_a2a import AllToAll, InputError
+from moe_a2a import AllToAll, InputError, NotFinite
 
 PLAIN = Case(experts=16, hidden=256, top_k=4, tokens=(5, 7, 6, 13), padding=0.0, holes=0.0)
 QUANTISED = PLAIN.replace(fp8="fp32", quantised=True)
@@ -159,6 +159,8 @@ def attempt(name: str, call: Callable[[], Any], words: list[str]) -> None:
     assert error is not None, f"{name}: was not refused"
     missing = [word for word in words if word not in str(error)]
     assert not missing, f"{name}: {missing} not in {str(error)!r}"
+    # An error of their own for what GPU ranks send as it is.
+    assert isinstance(error, NotFinite) == str(error).startswith(("x: token", "topk_weights[")), name
 
 
 def arguments_of(case: Case, a2a: AllToAll, step: int) -> Arguments:

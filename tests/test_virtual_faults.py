@@ -17,7 +17,7 @@ import torch
 import triton
 from virtual_steps import Steps, check_combine, check_dispatch, expert_outputs, group_of, make_inputs, send, without
 
-from moe_a2a import HandleError, InputError, RankLost
+from moe_a2a import HandleError, InputError, NotFinite, RankLost
 from moe_a2a.fp8 import quantize
 from moe_a2a.gpu.discard import discard_recv, discard_send
 from moe_a2a.gpu.handle import GpuHandle, Slot
@@ -342,7 +342,7 @@ def test_hidden_states_that_are_not_finite_are_reported_where_they_are_quantised
     got = group.dispatch_recv(handles)
     group.ranks[1].check()
     given = "nan" if value != value else "inf"
-    with pytest.raises(InputError, match=rf"x: token 1, columns 128 to 255 has scale {given}; scales must be finite"):
+    with pytest.raises(NotFinite, match=rf"x: token 1, columns 128 to 255 has scale {given}; scales must be finite"):
         group.ranks[0].check()
     assert scales.isfinite().sum() == 4  # of six, as for CPU ranks
     if fp8 == "fp32":
@@ -385,7 +385,7 @@ def test_weights_that_cannot_be_used_are_reported(dtype: torch.dtype, value: flo
     got = group.dispatch([i.x for i in inputs], [i.topk_ids for i in inputs], None if late else weights)
     group.combine([torch.zeros_like(d.x) for d in got], [d.handle for d in got], weights if late else None)
     group.ranks[1].check()
-    with pytest.raises(InputError, match=rf"topk_weights\[16, 1\] = {says}"):
+    with pytest.raises(NotFinite, match=rf"topk_weights\[16, 1\] = {says}"):
         group.ranks[0].check()
 
 

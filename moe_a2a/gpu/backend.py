@@ -244,6 +244,14 @@ class GpuBackend:
         self._raise_reports()
         self._copy_reports()
 
+    def poll(self) -> None:
+        if torch.cuda.is_current_stream_capturing():
+            return  # nothing has run since the call before
+        self._ready()
+        if time.monotonic() - self._copied > _REPORT_S:
+            with self._current():
+                self._copy_reports()
+
     def _ready(self) -> None:
         """Before a step begins: raise what is known to have gone wrong, without asking the device on the good path."""
         self._health.check()

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from moe_a2a.config import Config
-from moe_a2a.errors import HandleError, InputError, RankLost
+from moe_a2a.errors import HandleError, InputError, NotFinite, RankLost
 from moe_a2a.fp8 import FP8, ScaleFormat
 from moe_a2a.gpu import inputs
 from moe_a2a.gpu.handle import Channel, GpuHandle, Slot, Turns
 from moe_a2a.gpu.layout import SLOTS, Layout
 from moe_a2a.gpu.outputs import Outputs
-from moe_a2a.gpu.report import NO_BAD_INPUT, NOTHING, describe_bad_input, describe_misuse, ranks_of
+from moe_a2a.gpu.report import NO_BAD_INPUT, NOTHING, describe_bad_input, describe_misuse, is_value, ranks_of
 from moe_a2a.kernels.combine import combine
 from moe_a2a.kernels.combine_recv import combine_recv
 from moe_a2a.kernels.combine_send import combine_send
@@ -331,7 +331,8 @@ class MaskedRank:
         if misuse:
             raise HandleError(f"rank {self.rank}: {describe_misuse(misuse)}")
         if bad != NO_BAD_INPUT:
-            raise InputError(f"rank {self.rank}: {describe_bad_input(bad, self.layout, self.config.dtype)}")
+            kind = NotFinite if is_value(bad) else InputError
+            raise kind(f"rank {self.rank}: {describe_bad_input(bad, self.layout, self.config.dtype)}")
         if lost:
             names = ranks_of(lost)
             raise RankLost(f"rank {self.rank}: ranks {names} were missing from a step; its result lacks them", names)

@@ -48,6 +48,11 @@ def describe_bad_input(word: int, layout: Layout, dtype: torch.dtype) -> str:
     return f"topk_ids[{token}, {position}] = {chosen}; allowed are 0 to {layout.E - 1}, and -1 for no expert"
 
 
+def is_value(word: int) -> bool:
+    """Does a BAD_INPUT word report a weight or hidden state, sent as it is, and not an id or a given scale?"""
+    return (word >> 32) & 7 in (3, 4)
+
+
 def describe_misuse(word: int) -> str:
     """The message for a MISUSE word other than 0."""
     what = []

@@ -1,0 +1,103 @@
+"""Random weights for examples/tiny_deepseek_v3, as a checkpoint: the same for every way to serve the model.
+
+SGLang's own dummy weights are nearly zero and depend on how parameters are sharded, so that logits of two servers could
+not be compared. These have the scale of trained ones. The file format is safetensors, written here because that needs
+nothing but torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+CONFIG = Path(__file__).resolve().parents[1] / "examples" / "tiny_deepseek_v3" / "config.json"
+
+_NAMES = {torch.float8_e4m3fn: "F8_E4M3", torch.bfloat16: "BF16", torch.float32: "F32"}
+_BLOCK = 128
+
+
+def write(folder: Path, config: Path = CONFIG) -> Path:
+    """Write config.json and model.safetensors into `folder`; returns it. The same bits each time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(config, folder / "config.json")
+    generator = torch.Generator().manual_seed(0)
+    tensors = dict(weights(json.loads(config.read_text()), generator))
+    header: dict[str, Any] = {}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    part = folder / "model.safetensors.part"
+    with part.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            file.write(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    part.rename(folder / "model.safetensors")
+    return folder
+
+
+def weights(config: dict[str, Any], generator: torch.Generator) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and tensors of a DeepSeek-V3 checkpoint with FP8 weights in blocks of 128 x 128."""
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    nope, rope, value = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["v_head_dim"]
+    q_rank, kv_rank = config["q_lora_rank"], config["kv_lora_rank"]
+
+    def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) * scale
+
+    def linear(name: str, rows: int, columns: int) -> Iterator[tuple[str, torch.Tensor]]:
+        q, scales = to_blocks(normal(rows, columns, scale=1 / math.sqrt(columns)))
+        yield f"{name}.weight", q
+        yield f"{name}.weight_scale_inv", scales
+
+    def norm(name: str, columns: int) -> tuple[str, torch.Tensor]:
+        return f"{name}.weight", torch.ones(columns, dtype=torch.bfloat16)
+
+    def mlp(name: str, inner: int) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from linear(f"{name}.gate_proj", inner, hidden)
+        yield from linear(f"{name}.up_proj", inner, hidden)
+        yield from linear(f"{name}.down_proj", hidden, inner)
+
+    yield "model.embed_tokens.weight", normal(config["vocab_size"], hidden).to(torch.bfloat16)
+    for number in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{number}"
+        yield norm(f"{layer}.input_layernorm", hidden)
+        yield norm(f"{layer}.post_attention_layernorm", hidden)
+        attention = f"{layer}.self_attn"
+        yield from linear(f"{attention}.q_a_proj", q_rank, hidden)
+        yield norm(f"{attention}.q_a_layernorm", q_rank)
+        yield from linear(f"{attention}.q_b_proj", heads * (nope + rope), q_rank)
+        yield from linear(f"{attention}.kv_a_proj_with_mqa", kv_rank + rope, hidden)
+        yield norm(f"{attention}.kv_a_layernorm", kv_rank)
+        yield from linear(f"{attention}.kv_b_proj", heads * (nope + value), kv_rank)
+        yield from linear(f"{attention}.o_proj", hidden, heads * value)
+        if number < config["first_k_dense_replace"]:
+            yield from mlp(f"{layer}.mlp", config["intermediate_size"])
+            continue
+        inner = config["moe_intermediate_size"]
+        yield f"{layer}.mlp.gate.weight", normal(config["n_routed_experts"], hidden, scale=0.05).to(torch.bfloat16)
+        yield f"{layer}.mlp.gate.e_score_correction_bias", normal(config["n_routed_experts"], scale=0.02)
+        yield from mlp(f"{layer}.mlp.shared_experts", inner * config["n_shared_experts"])
+        for expert in range(config["n_routed_experts"]):
+            yield from mlp(f"{layer}.mlp.experts.{expert}", inner)
+    yield norm("model.norm", hidden)
+    yield "lm_head.weight", normal(config["vocab_size"], hidden, scale=2 / math.sqrt(hidden)).to(torch.bfloat16)
+
+
+def to_blocks(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantise in blocks. weight: [N, K]. Returns FP8 [N, K] and fp32 scales [ceil(N/128), ceil(K/128)]."""
+    rows, columns = weight.shape
+    padded = torch.zeros(-(-rows // _BLOCK) * _BLOCK, -(-columns // _BLOCK) * _BLOCK)
+    padded[:rows, :columns] = weight
+    blocks = padded.unflatten(0, (-1, _BLOCK)).unflatten(2, (-1, _BLOCK))  # [N/128, 128, K/128, 128]
+    scales = blocks.abs().amax(dim=(1, 3)).clamp_min(1e-6) / torch.finfo(torch.float8_e4m3fn).max
+    q = (blocks / scales[:, None, :, None]).reshape(padded.shape)[:rows, :columns]
+    return q.to(torch.float8_e4m3fn), scales

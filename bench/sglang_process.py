@@ -1,0 +1,142 @@
+"""Starting and ending SGLang servers for bench/sglang_server.py: nothing may outlive it, and nothing may hang it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+_MARK = "MOE_A2A_BENCH_SERVER"
+_ACTIVE = {"moe-a2a": "serves --moe-a2a-backend mooncake", "oracle": "the oracle dispatcher is in place"}
+
+
+class ServerFailed(Exception):
+    """A server that did not start, or died; the text ends with the end of its log."""
+
+
+def make_site(folder: Path) -> Path:
+    """A folder for PYTHONPATH with this package and the oracle, installed as far as entry points go.
+
+    Not the repository itself: its folder `kernels` would hide the package of that name that transformers looks for.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, target in {"moe_a2a": ROOT / "moe_a2a", "sglang_oracle.py": ROOT / "bench" / "sglang_oracle.py"}.items():
+        link = folder / name
+        if not link.is_symlink():
+            link.symlink_to(target)
+    for name, entry in {
+        "moe_a2a": "moe_a2a.sglang_plugin:register",
+        "moe_a2a_oracle": "sglang_oracle:register",
+    }.items():
+        info = folder / f"{name}-0.1.0.dist-info"
+        info.mkdir(exist_ok=True)
+        dashed = name.replace("_", "-")
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {dashed}\nVersion: 0.1.0\n")
+        (info / "entry_points.txt").write_text(f"[sglang.srt.plugins]\n{dashed} = {entry}\n")
+    return folder
+
+
+class Server:
+    """One SGLang server, in a session of its own, its output in a file. A context manager: leaving it ends it."""
+
+    running: Server | None = None
+
+    def __init__(self, flags: list[str], env: dict[str, str], log: Path, port: int) -> None:
+        self.log, self.port = log, port
+        self._mark = f"{os.getpid()}-{log.stem}-{time.time_ns()}"
+        command = [sys.executable, "-u", "-m", "sglang.launch_server", *flags, "--port", str(port)]
+        environment = {**os.environ, **env, _MARK: self._mark}
+        with log.open("wb") as file:
+            file.write((" ".join(command) + "\n").encode())
+            file.flush()
+            self.begin = time.monotonic()
+            self._process = subprocess.Popen(
+                command, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
+            )
+
+    def __enter__(self) -> Server:
+        Server.running = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def wait(self, deadline: float) -> float:
+        """Wait for the server to answer; returns the seconds since its start. Raises ServerFailed."""
+        while time.monotonic() < deadline:
+            self.check()
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5) as reply:
+                    if reply.status == 200:
+                        return time.monotonic() - self.begin
+            except (urllib.error.URLError, OSError):
+                pass
+            time.sleep(0.5)
+        raise ServerFailed(f"not ready after {time.monotonic() - self.begin:.0f} s\n{self.tail()}")
+
+    def check(self) -> None:
+        """Raises ServerFailed if the server has ended."""
+        code = self._process.poll()
+        if code is not None:
+            raise ServerFailed(f"ended with {code}\n{self.tail()}")
+
+    def post(self, path: str, body: dict[str, Any], timeout: float) -> Any:
+        """One request; returns its JSON. Raises ServerFailed."""
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=max(1.0, timeout)) as reply:
+                return json.loads(reply.read())
+        except (urllib.error.URLError, OSError, json.JSONDecodeError) as error:
+            text = error.read().decode(errors="replace")[:2000] if isinstance(error, urllib.error.HTTPError) else ""
+            raise ServerFailed(f"{path}: {error} {text}\n{self.tail()}") from error
+
+    def says(self, variant: str) -> bool:
+        """Whether the log has the line that a variant's plug-in writes when it is in place."""
+        wanted = _ACTIVE.get(variant)
+        text = self.log.read_text(errors="replace")
+        if wanted is None:
+            return not any(line in text for line in _ACTIVE.values())
+        return wanted in text
+
+    def tail(self, size: int = 6000) -> str:
+        data = self.log.read_bytes()
+        return data[-size:].decode(errors="replace")
+
+    def end(self) -> None:
+        """End every process of the server, at once, and wait until they are gone. Threads that wait for an answer get
+        an error."""
+        Server.running = None
+        for _ in range(40):
+            left = self._processes()
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            self._process.poll()
+            if not left:
+                return
+            time.sleep(0.25)
+
+    def _processes(self) -> list[int]:
+        """Processes that have this server's mark in their environment: its children of any session."""
+        wanted = f"{_MARK}={self._mark}".encode()
+        found = []
+        for entry in Path("/proc").iterdir():
+            if not entry.name.isdigit() or int(entry.name) == os.getpid():
+                continue
+            try:
+                if wanted in (entry / "environ").read_bytes() and b"\nState:\tZ" not in (entry / "status").read_bytes():
+                    found.append(int(entry.name))
+            except OSError:
+                continue
+        return found
