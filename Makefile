@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 PYTEST_FLAGS ?= -q
 BENCH_FLAGS ?= --ranks 4 --hosts 2 --device cpu --baseline gloo
 GPU_BENCH_FLAGS ?= --tokens 8,128 --dtype fp8,bf16
+GPU_PREFILL_FLAGS ?= --layout contiguous --tokens 4096,8192 --routing uniform,zipf,k-hot,zipf-packed --num-sms 16,24 \
+	--json bench/results/gpu_skew.json
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run test test-gpu lint types format bench bench-gpu doctor clean
@@ -39,8 +41,9 @@ format: setup  ## let ruff format and mend what it can
 bench: setup  ## moe-a2a bench on CPU ranks; BENCH_FLAGS="..." replaces the arguments
 	@$(BIN)/moe-a2a bench $(BENCH_FLAGS)
 
-bench-gpu:  ## moe-a2a bench on all GPUs of this machine, with $(PYTHON); GPU_BENCH_FLAGS="..." replaces the arguments
+bench-gpu:  ## moe-a2a bench on all GPUs of this machine, with $(PYTHON): GPU_BENCH_FLAGS="...", then GPU_PREFILL_FLAGS="..."
 	@PYTHONPATH=. $(PYTHON) -m moe_a2a.cli bench --device cuda $(GPU_BENCH_FLAGS)
+	@PYTHONPATH=. $(PYTHON) -m moe_a2a.cli bench --device cuda $(GPU_PREFILL_FLAGS)
 
 doctor: setup  ## what this machine can do, and what is missing
 	@$(BIN)/moe-a2a doctor

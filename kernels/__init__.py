@@ -8,6 +8,7 @@
     dispatch_send  -> dispatch_recv -> (experts) -> [weights_push] -> combine_send -> combine_recv
     dispatch       dispatch_send and dispatch_recv in one launch; combine: combine_send and combine_recv
     wait_times     in front of a wait, if somebody asks how long it is
+    normal_tables  what DeepEP's normal mode tells about a routing
     permute        -> (experts) -> unpermute, without communication
 
 Kernels of dispatch and combine take a `moe_a2a.gpu.layout.Layout` as their compile-time constant L. Importing this

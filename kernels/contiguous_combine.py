@@ -28,7 +28,7 @@ from moe_a2a.gpu.layout import Layout, power_of_two_at_least
 from moe_a2a.gpu.routing import Routing
 from moe_a2a.kernels.casts import to_payload
 from moe_a2a.kernels.contiguous_layout import index_of, report_missing
-from moe_a2a.kernels.launch import launch, stages, warps
+from moe_a2a.kernels.launch import launch, warps
 from moe_a2a.kernels.signals import (
     await_lanes,
     end_step,
@@ -42,20 +42,17 @@ from moe_a2a.kernels.signals import (
 )
 
 _WARPS = 32
-_STAGES = 1  # work items of a program in flight; more are slower, see docs/decisions.md
 _TILE = 16384  # elements that a sender moves at once
 _PART = 1024  # of them, of one row; 7168 columns are a multiple, so that no thread goes without
 _OUT_TILE = 8192  # elements that a receiver adds at once, as wide as _UNIT leaves
 _CHUNK = 32  # rows that are announced at once; at least Layout.CHUNK
 _UNIT = 16  # tokens of which a receiver awaits the chunks at once
-_LOAD, _STORE = "", ""  # cache modifiers of rows that are sent
 
 
 @triton.jit
 def _send_chunks(
     pid, senders, longest, y, bases, block, came, rank, step, DTYPE: tl.constexpr, ROWS: tl.constexpr,
-    PART: tl.constexpr, CHUNK: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, LOAD: tl.constexpr,
-    STORE: tl.constexpr, L: tl.constexpr,
+    PART: tl.constexpr, CHUNK: tl.constexpr, SPLIT: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     """Copy this program's share of the chunks."""
     r = tl.arange(0, L.R_PAD)
@@ -72,16 +69,16 @@ def _send_chunks(
         count = pick(counts, other, L)
         base = pick(bases, other, L) + block
         if chunk * CHUNK < count:
-            for item in tl.range(0, ITEMS, num_stages=STAGES):
+            for item in tl.range(0, ITEMS, num_stages=1):
                 part = tl.full([], 0, tl.int32) + item
                 row = chunk * CHUNK + part // PARTS * ROWS + tl.arange(0, ROWS)
                 column = part % PARTS * PART + tl.arange(0, PART)
                 inside = (row < count)[:, None] & (column < L.H)[None, :]
                 source = y + (first + row).to(tl.int64)[:, None] * L.H
-                values = tl.load(source + column[None, :], mask=inside, cache_modifier=LOAD)
+                values = tl.load(source + column[None, :], mask=inside)
                 to = base + L.sums + (rank * L.M + row).to(tl.int64) * L.sum_stride
                 to = tl.multiple_of(to[:, None].to(tl.pointer_type(DTYPE)), [16, 16])
-                tl.store(to + column[None, :], values, mask=inside, cache_modifier=STORE)
+                tl.store(to + column[None, :], values, mask=inside)
             raise_flag(base + L.chunks + (rank * L.CHUNKS + chunk) * 8, 2 * step)
 
 
@@ -105,8 +102,7 @@ def _await_chunks(
 def _contiguous_combine(
     out, y, region, peers, control, alive, live, handle, came, hits, within, starts, report, tokens, rank, senders,
     ROWS: tl.constexpr, PART: tl.constexpr, CHUNK: tl.constexpr, UNIT: tl.constexpr, COLUMNS: tl.constexpr,
-    SPLIT: tl.constexpr, STAGES: tl.constexpr, OUT_STAGES: tl.constexpr, LOAD: tl.constexpr, STORE: tl.constexpr,
-    L: tl.constexpr, LANES: tl.constexpr,
+    SPLIT: tl.constexpr, L: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     lane = tl.arange(0, L.R_PAD)
@@ -126,8 +122,7 @@ def _contiguous_combine(
         longest = tl.where(has_ended, 0, tl.load(handle + L.LONGEST)).to(tl.int32)
         if R > 1 or SPLIT:
             _send_chunks(
-                pid, senders, longest, y, bases, block, came, rank, step, DTYPE, ROWS, PART, CHUNK, SPLIT, STAGES,
-                LOAD, STORE, L,
+                pid, senders, longest, y, bases, block, came, rank, step, DTYPE, ROWS, PART, CHUNK, SPLIT, L,
             )  # fmt: skip
         if is_last(live + (L.FINISHED + L.COMBINE), senders):
             value = 2 * step + tl.where(has_bit(received, lane.to(tl.int64)), 0, 1)
@@ -164,7 +159,7 @@ def _contiguous_combine(
             )
             rows = base + place.to(tl.int64) * SIZE
             hit = tl.load(hits + t, mask=t < tokens, other=0) & want & ~lost
-            for part in tl.range(0, PARTS, num_stages=OUT_STAGES):
+            for part in tl.range(0, PARTS, num_stages=1):
                 column = (tl.full([], 0, tl.int32) + part) * COLUMNS + tl.arange(0, COLUMNS)
                 inside = (column < H)[None, :]
                 total = tl.zeros([UNIT, COLUMNS], tl.float32)
@@ -215,7 +210,6 @@ def contiguous_combine(
     unit, rows_at_once = min(_UNIT, _CHUNK), min(_TILE // part, _CHUNK)
     columns = min(power_of_two_at_least(layout.H), _OUT_TILE // unit)
     threads = 32 * warps(_WARPS, layout.R)
-    tile, out_tile = part * rows_at_once * layout.itemsize, layout.R * columns * unit * layout.itemsize
     launch(
         _contiguous_combine,
         senders + receivers,
@@ -244,10 +238,6 @@ def contiguous_combine(
             unit,
             columns,
             split,
-            stages(_STAGES, tile, y.device),
-            stages(_STAGES, out_tile, y.device),
-            _LOAD,
-            _STORE,
             layout,
             threads,
         ),

@@ -35,16 +35,17 @@ from moe_a2a.kernels.bad_input import report_bad, report_bad_weights
 from moe_a2a.kernels.contiguous_layout import agreed, index_of, report_missing
 from moe_a2a.kernels.contiguous_recv import receive_rows
 from moe_a2a.kernels.formats import QUANTISE, QUANTISE_POW2
-from moe_a2a.kernels.launch import launch, stages, warps
+from moe_a2a.kernels.launch import launch, warps
 from moe_a2a.kernels.signals import has_bit, is_last, pick, raise_flags, wait
 
 _WARPS = 32  # with one program an SM, all that can be in flight there comes from one program
 _QUANTISING_WARPS = 16  # registers for twice as many elements a thread
-_STAGES = 1  # work items of a program in flight; more are slower, see docs/decisions.md
 _TILE = 8192  # words, or elements that are quantised, of a work item
 _PART = 512  # of them, of one row: 7168 columns of any kind are a multiple, so that no thread goes without
-_META = 32  # tokens whose ids and weights, or given scales, go at once
-_LOAD, _STORE = "", ""  # cache modifiers of rows
+_META = 128  # tokens whose ids and weights, or given scales, go at once
+#: Programs, at most, for rows that go as they are. One stores 46 GB/s; where half of that is for this GPU, these fill a
+#: link, which gives less when more wait for it. See docs/decisions.md.
+_MOST_PROGRAMS = 15
 #: counts int32 [E_l], tokens_per_rank int32 [R], came int32 [R + 2]: what contiguous_recv writes.
 Received = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -59,21 +60,21 @@ def _row_pointers(base, place, BYTES: tl.constexpr, DTYPE: tl.constexpr):
 @triton.jit
 def send_words(
     t0, part, x, hits, within, starts, first, to, tokens, rank, WORDS: tl.constexpr, ROWS: tl.constexpr,
-    PART: tl.constexpr, LOAD: tl.constexpr, STORE: tl.constexpr, L: tl.constexpr,
+    PART: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     """PART 4-byte words of each of ROWS rows, from token t0 on, as they are."""
     R: tl.constexpr = L.R
     t = t0 + tl.arange(0, ROWS)
     w = part * PART + tl.arange(0, PART)
     inside = (t < tokens)[:, None] & (w < WORDS)[None, :]
-    words = tl.load(x + (t.to(tl.int64) * WORDS)[:, None] + w[None, :], mask=inside, cache_modifier=LOAD)
+    words = tl.load(x + (t.to(tl.int64) * WORDS)[:, None] + w[None, :], mask=inside)
     hit = tl.load(hits + t, mask=t < tokens, other=0)
     for i in tl.static_range(R):
         r = (rank + 1 + i) % R  # far ones first
         place = pick(first, r, L) + index_of(t, t * 0 + r, within, starts, tokens, L)
         row = _row_pointers(pick(to, r, L) + L.rows, place, WORDS * 4, tl.int32)
         on = has_bit(hit, r) & (place < L.CAPACITY)
-        tl.store(row + w[None, :], words, mask=inside & on[:, None], cache_modifier=STORE)
+        tl.store(row + w[None, :], words, mask=inside & on[:, None])
 
 
 @triton.jit
@@ -103,7 +104,7 @@ def send_scales(
 @triton.jit
 def send_quantised(
     t0, part, x, hits, within, starts, first, to, tokens, rank, report, POW2: tl.constexpr, ROWS: tl.constexpr,
-    PART: tl.constexpr, LOAD: tl.constexpr, STORE: tl.constexpr, L: tl.constexpr,
+    PART: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     """Quantise PART groups of 128 columns of each of ROWS rows, from token t0 on, as moe_a2a.fp8 does. Scales that are
     not finite are reported."""
@@ -114,7 +115,7 @@ def send_quantised(
     column = tl.arange(0, 128)
     inside = (t < tokens) & (g < L.G)
     source = x + (t.to(tl.int64) * L.H + g * 128)[:, None] + column[None, :]
-    value = tl.load(source, mask=inside[:, None], other=0.0, cache_modifier=LOAD).to(tl.float32)
+    value = tl.load(source, mask=inside[:, None], other=0.0).to(tl.float32)
     hit = tl.load(hits + t, mask=t < tokens, other=0)
     q, scale = casts.quantise(value, POW2)
     for i in tl.static_range(R):
@@ -122,7 +123,7 @@ def send_quantised(
         place = pick(first, r, L) + index_of(t, t * 0 + r, within, starts, tokens, L)
         on = inside & has_bit(hit, r) & (place < L.CAPACITY)
         row = _row_pointers(pick(to, r, L) + L.rows, place * L.G + g, 128, tl.uint8)
-        tl.store(row + column[None, :], q, mask=on[:, None], cache_modifier=STORE)
+        tl.store(row + column[None, :], q, mask=on[:, None])
         at = (pick(to, r, L) + L.scales) + (place.to(tl.int64) * L.G + g) * 4
         tl.store(at.to(tl.pointer_type(tl.float32)), scale, mask=on)
     found = scale.to(tl.int32, bitcast=True) & 0x7FFFFFFF
@@ -185,8 +186,7 @@ def _contiguous_send(
     MODE: tl.constexpr, WEIGHTS: tl.constexpr, LARGEST: tl.constexpr, KNOWN: tl.constexpr, RECEIVE: tl.constexpr,
     BITS: tl.constexpr,
     WORDS: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr, META: tl.constexpr,
-    EXPERTS: tl.constexpr, STAGES: tl.constexpr, LOAD: tl.constexpr, STORE: tl.constexpr, L: tl.constexpr,
-    LANES: tl.constexpr,
+    EXPERTS: tl.constexpr, L: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
@@ -211,30 +211,26 @@ def _contiguous_send(
         report_missing(want & ~good, want & ~good & ~excluded, rank, handle, live, alive, report, L)
 
     count = tl.where(whole, tokens, 0)
-    FEW: tl.constexpr = 3 if STAGES > 3 else STAGES  # registers of three loops do not suffice for more
     if not KNOWN:
-        for number in tl.range(pid, (count + META - 1) // META, programs, num_stages=FEW if MODE < 3 else 1):
+        for number in tl.range(pid, (count + META - 1) // META, programs, num_stages=1):
             t0 = (tl.full([], 0, tl.int32) + number) * META
             send_choices(
                 t0, chosen, weights, hits, within, starts, first, to, tokens, rank,
                 report, WEIGHTS, LARGEST, META, L,
             )  # fmt: skip
     if MODE == 3 or MODE == 4:
-        for number in tl.range(pid, (count + META - 1) // META, programs, num_stages=FEW):
+        for number in tl.range(pid, (count + META - 1) // META, programs, num_stages=1):
             t0 = (tl.full([], 0, tl.int32) + number) * META
             send_scales(t0, scales, hits, within, starts, first, to, tokens, report, MODE == 4, META, L)
-    for number in tl.range(pid, (count + ROWS - 1) // ROWS * PARTS, programs, num_stages=STAGES):
+    for number in tl.range(pid, (count + ROWS - 1) // ROWS * PARTS, programs, num_stages=1):
         item = tl.full([], 0, tl.int32) + number
         t0, part = item // PARTS * ROWS, item % PARTS
         if MODE == 1 or MODE == 2:
             send_quantised(
-                t0, part, x, hits, within, starts, first, to, tokens, rank, report, MODE == 2, ROWS, PART, LOAD,
-                STORE, L,
+                t0, part, x, hits, within, starts, first, to, tokens, rank, report, MODE == 2, ROWS, PART, L
             )  # fmt: skip
         else:
-            send_words(
-                t0, part, x, hits, within, starts, first, to, tokens, rank, WORDS, ROWS, PART, LOAD, STORE, L
-            )  # fmt: skip
+            send_words(t0, part, x, hits, within, starts, first, to, tokens, rank, WORDS, ROWS, PART, L)
 
     if is_last(live + (L.FINISHED + L.DISPATCH), programs):
         on = (r < L.R) & has_bit(want, r.to(tl.int64))
@@ -287,6 +283,8 @@ def contiguous_send(
     columns = layout.H if quantise else words
     part = min(128 * power_of_two_at_least(layout.G) if quantise else power_of_two_at_least(words), _PART, _TILE)
     rows_at_once, parts = _TILE // part, -(-columns // part)
+    if not quantise:
+        programs = min(programs, _MOST_PROGRAMS)
     launch(
         _contiguous_send,
         max(1, min(-(-x.shape[0] // rows_at_once) * parts, programs)),
@@ -326,9 +324,6 @@ def contiguous_send(
             parts,
             _META,
             power_of_two_at_least(layout.E_L),
-            stages(_STAGES, 4 * _TILE, x.device),
-            _LOAD,
-            _STORE,
             layout,
             threads,
         ),

@@ -7,7 +7,6 @@ that vary. Everything else is fixed: addresses are multiples of 16 (`moe_a2a.gpu
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Hashable, Mapping
 from typing import Any
 
@@ -16,8 +15,6 @@ import triton
 
 from moe_a2a.kernels.signals import PORTABLE
 
-#: Bytes of shared memory that reductions and small loads of a kernel may take beside its tiles.
-_OTHER_SHARED = 24 * 1024
 _AS_IT_IS: Mapping[int, torch.dtype] = {}
 
 
@@ -74,24 +71,10 @@ class Launch:
         return typed
 
 
-def stages(wanted: int, tile: int, device: torch.device) -> int:
-    """How many work items a loop may have in flight, up to `wanted`, so that their loads of `tile` bytes each fit into
-    the device's shared memory."""
-    if device.type != "cuda":
-        return 1
-    return max(1, min(wanted, (_shared_memory(device.index) - _OTHER_SHARED) // tile + 1))
-
-
 def warps(wanted: int, ranks: int) -> int:
     """How many warps a program may have that is unrolled over ranks: the more of these, the more registers each thread
     needs, of 64K that an SM has."""
     return min(wanted, 32 if ranks <= 2 else 16 if ranks <= 8 else 8)
-
-
-@functools.cache
-def _shared_memory(device: int) -> int:
-    """Bytes that a program can have on a device."""
-    return int(triton.runtime.driver.active.utils.get_device_properties(device)["max_shared_mem"])
 
 
 _launches: dict[Hashable, Launch] = {}

@@ -1,12 +1,14 @@
 """Permute: tokens to rows that are grouped by expert, each expert's rows padded to an alignment.
 
 Rows of an expert are in (token, k) order, whatever program runs first: places come from counts and prefix sums. Three
-launches on one stream:
+launches on one stream, four if there are scales:
 
     count   a program for CHOICES (token, k) pairs: how many rows it adds to each expert, and which of them each choice
             is. Clears what `move` fills in only where there are tokens.
     scan    one program: the rows before each counting program, each expert's rows, and where they start
     move    a work item is a block of columns of one token: read once, stored once for each of the token's experts
+    scales  a program is a tile of neighbouring rows and columns of scales. They are stored column-major, so that the
+            words of a token lie far from each other; here a tile is read by rows and stored by columns
 
 An id that is out of range has no row, and is reported. If the rows do not fit, there are none at all, and that is
 reported: an expert's rows are never incomplete, and nothing is written outside the outputs.
@@ -35,6 +37,9 @@ _SCAN_WARPS = 16
 _BLOCK_WORDS = 512  # 4-byte words of a row that one work item copies: 2 KiB
 _MOVE_WARPS = 2
 _PROGRAMS_A_SM = 16
+_SCALE_ROWS = 128  # of one tile of scales: 512 neighbouring bytes of each column are stored
+_SCALE_COLUMNS = 32  # and 128 of each row are read
+_SCALE_WARPS = 4
 
 #: Words of a report, int64: NO_WRONG_ID or the first id that is out of range, as (t * K + k) << 32 | id + 2**31 (ids
 #: beyond int32 are limited to it); and the rows that the routing needs.
@@ -124,13 +129,12 @@ def _scan(
     tl.store(report + 1, needed.to(tl.int64))
 
 
-@triton.jit(do_not_specialize=["tokens", "rows", "counters", "scale_row", "scale_column"])
+@triton.jit(do_not_specialize=["tokens", "rows", "counters"])
 def _move(
-    x, x_rows, scales, scale_rows, weights, row_weights, names, ids, valid, index, counted, offsets, report, places,
-    expert_ids, source, tokens, rows, counters, scale_row, scale_column,
-    K: tl.constexpr, K_PAD: tl.constexpr, E: tl.constexpr, WORDS: tl.constexpr, SCALES: tl.constexpr,
-    VALID: tl.constexpr, WEIGHTS: tl.constexpr, NAMES: tl.constexpr, CHOICES: tl.constexpr, BLOCK: tl.constexpr,
-    SHARE: tl.constexpr,
+    x, x_rows, weights, row_weights, names, ids, valid, index, counted, offsets, report, places, expert_ids, source,
+    from_token, tokens, rows, counters,
+    K: tl.constexpr, K_PAD: tl.constexpr, E: tl.constexpr, WORDS: tl.constexpr, VALID: tl.constexpr,
+    WEIGHTS: tl.constexpr, NAMES: tl.constexpr, SCALES: tl.constexpr, CHOICES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     BLOCKS: tl.constexpr = (WORDS + BLOCK - 1) // BLOCK
     count = _choices(valid, tokens, 1, VALID)
@@ -153,19 +157,30 @@ def _move(
         address = (to.to(tl.int64) * WORDS)[:, None] + column[None, :]
         inside = has_row[:, None] & (column < WORDS)[None, :]
         tl.store(x_rows + address, values[None, :] + (to * 0)[:, None], mask=inside)
-        if SCALES > 0:
-            g = part * SHARE + tl.arange(0, SHARE)
-            from_scales = scales + t.to(tl.int64) * scale_row + g.to(tl.int64) * scale_column
-            its_scales = tl.load(from_scales, mask=g < SCALES, other=0)
-            address = to[:, None] + (g.to(tl.int64) * rows)[None, :]
-            inside = has_row[:, None] & (g < SCALES)[None, :]
-            tl.store(scale_rows + address, its_scales[None, :] + (to * 0)[:, None], mask=inside)
         if part == 0:
             tl.store(places + choice, to, mask=k < K)
             tl.store(expert_ids + to, expert, mask=has_row)
             tl.store(source + to, to * 0 + (tl.load(names + t) if NAMES else t), mask=has_row)
+            if NAMES and SCALES:
+                tl.store(from_token + to, to * 0 + t, mask=has_row)
             if WEIGHTS:
                 tl.store(row_weights + to, tl.load(weights + choice, mask=has_row, other=0.0), mask=has_row)
+
+
+@triton.jit(do_not_specialize=["rows", "scale_row", "scale_column"])
+def _scales(
+    scales, scale_rows, expert_ids, from_token, rows, scale_row, scale_column,
+    WIDTH: tl.constexpr, BY_ROW: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) // ((WIDTH + COLUMNS - 1) // COLUMNS) * ROWS + tl.arange(0, ROWS)
+    g = tl.program_id(0) % ((WIDTH + COLUMNS - 1) // COLUMNS) * COLUMNS + tl.arange(0, COLUMNS)
+    has_token = tl.load(expert_ids + row, mask=row < rows, other=-1) >= 0
+    if tl.max(has_token.to(tl.int32), 0) > 0:
+        t = tl.load(from_token + row, mask=has_token, other=0)
+        inside = has_token[:, None] & (g < WIDTH)[None, :]
+        column = g[None, :] if BY_ROW else g.to(tl.int64)[None, :] * scale_column
+        its = tl.load(scales + (t.to(tl.int64) * scale_row)[:, None] + column, mask=inside)
+        tl.store(scale_rows + row[:, None] + (g.to(tl.int64) * rows)[None, :], its, mask=inside)
 
 
 @dataclass(frozen=True)
@@ -236,28 +251,43 @@ def permute(
     words = x.shape[1] * x.element_size() // 4
     block = min(_BLOCK_WORDS, power_of_two_at_least(words))
     blocks = -(-words // block)
-    width, share, strides = 0, 1, (0, 0)
-    if scales is not None:
-        width, strides = scales.shape[1], (scales.stride(0), scales.stride(1))
-        share = power_of_two_at_least(-(-width // blocks))
+    has_names, has_scales = names is not None, scales is not None
+    from_token = out.source
+    if names is not None and has_scales:
+        from_token = torch.empty_like(out.source)
     launch(
         _move,
         max(1, min(tokens * blocks, processors * _PROGRAMS_A_SM)),
         (
             x.view(torch.int32),
             out.x.view(torch.int32),
-            x if scales is None else scales.view(torch.int32),
-            out.x if out.scales is None else out.scales.view(torch.int32),
             out.counts if topk_weights is None else topk_weights,
             row_weights,
             out.counts if names is None else names,
             *(topk_ids, valid, index, counted, out.offsets, out.report, out.places, out.expert_ids, out.source),
-            *(tokens, rows, counters, *strides),
+            *(from_token, tokens, rows, counters),
         ),
         (
-            *(top_k, power_of_two_at_least(top_k), experts, words, width),
-            *(has_valid, has_weights, names is not None, _CHOICES, block, share),
+            *(top_k, power_of_two_at_least(top_k), experts, words),
+            *(has_valid, has_weights, has_names, has_scales, _CHOICES, block),
         ),
         (topk_ids.dtype,),
         num_warps=_MOVE_WARPS,
     )
+    if scales is not None and out.scales is not None:
+        columns = min(_SCALE_COLUMNS, power_of_two_at_least(scales.shape[1]))
+        launch(
+            _scales,
+            max(1, -(-rows // _SCALE_ROWS) * -(-scales.shape[1] // columns)),
+            (
+                scales.view(torch.int32),
+                out.scales.view(torch.int32),
+                out.expert_ids,
+                from_token,
+                rows,
+                *scales.stride(),
+            ),
+            (scales.shape[1], scales.stride(1) == 1, _SCALE_ROWS, columns),
+            (),
+            num_warps=_SCALE_WARPS,
+        )

@@ -32,7 +32,6 @@ _QUANTISING_WARPS = 16  # registers for twice as many elements a thread
 _TILE = 8192  # words, or elements that are quantised, of a work item
 _PART = 512  # of them, of one row
 _META = 32  # tokens whose ids and weights, or given scales, go at once
-_LOAD, _STORE = "", ""  # cache modifiers of rows
 
 
 @triton.jit
@@ -52,7 +51,7 @@ def _round_send(
     report, tokens, rank, ticket, turn,
     FIRST: tl.constexpr, MODE: tl.constexpr, WEIGHTS: tl.constexpr, LARGEST: tl.constexpr, KNOWN: tl.constexpr,
     BITS: tl.constexpr, WORDS: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr,
-    META: tl.constexpr, EXPERTS: tl.constexpr, LOAD: tl.constexpr, STORE: tl.constexpr, L: tl.constexpr,
+    META: tl.constexpr, EXPERTS: tl.constexpr, L: tl.constexpr,
     LANES: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
@@ -107,10 +106,10 @@ def _round_send(
         t0, part = begin + item // PARTS * ROWS, item % PARTS
         if MODE == 1 or MODE == 2:
             send_quantised(
-                t0, part, x, hits, within, starts, first, to, end, rank, report, MODE == 2, ROWS, PART, LOAD, STORE, L
+                t0, part, x, hits, within, starts, first, to, end, rank, report, MODE == 2, ROWS, PART, L
             )  # fmt: skip
         else:
-            send_words(t0, part, x, hits, within, starts, first, to, end, rank, WORDS, ROWS, PART, LOAD, STORE, L)
+            send_words(t0, part, x, hits, within, starts, first, to, end, rank, WORDS, ROWS, PART, L)
 
     if is_last(live + (L.FINISHED + L.DISPATCH), programs):
         excluding = tl.where(is_void, 1, 0) + r * 0
@@ -194,8 +193,6 @@ def round_send(
             parts,
             _META,
             power_of_two_at_least(layout.E_L),
-            _LOAD,
-            _STORE,
             layout,
             threads,
         ),

@@ -65,6 +65,12 @@ def pack_ue8m0(scales: torch.Tensor) -> torch.Tensor:
     return exponents.contiguous().view(torch.int32)
 
 
+def unpack_ue8m0(words: torch.Tensor, groups: int) -> torch.Tensor:
+    """What `pack_ue8m0` packed. words: int32 [n, ceil(G/4)], any strides; groups: G. Returns fp32 [n, G]."""
+    exponents = words.contiguous().view(torch.uint8)[:, :groups]
+    return (exponents.to(torch.int32) << 23).view(torch.float32)
+
+
 def scale_columns(hidden: int, scale_format: ScaleFormat) -> tuple[int, torch.dtype]:
     """Width and dtype of a row of scales as handed out: (H/128, fp32) or (ceil(H/512), int32)."""
     groups = hidden // GROUP

@@ -2,7 +2,7 @@
 
 Every function here is pure and is given the inputs of *all* ranks (one list entry a rank), so that the expected
 result of any rank can be computed anywhere. Tests derive those inputs from seeds (``moe_a2a.workload``); a broken
-transport then cannot break the expectation too. All tensors are on the CPU.
+transport then cannot break the expectation too. All tensors are on the CPU; those of `moe_output` may be on any device.
 
 Words: ranks ``R``, experts ``E``, local experts ``E_l = E / R`` (expert ``e`` lives on rank ``e // E_l``), tokens
 ``T`` (may differ by rank), ``M`` = max_tokens_per_rank, hidden size ``H``, top-k ``K``. A topk id of -1 means
@@ -340,7 +340,7 @@ def moe_output(
     """
     partials = []
     for owner in range(sizes.ranks):
-        total = torch.zeros(x.shape, dtype=torch.float32)
+        total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         for k in range(topk_ids.shape[1]):
             chosen = topk_ids[local_ids(sizes, topk_ids[:, k], owner) >= 0, k]
             for e in sorted(set(chosen.tolist())):
@@ -373,7 +373,7 @@ def _sum_over_ranks(partials: Sequence[Tensor], rank: int, hosts: Sequence[Seque
     dtype = partials[0].dtype
     if hosts is None:
         hosts = [range(len(partials))]
-    total = torch.zeros(partials[0].shape, dtype=torch.float32)
+    total = torch.zeros_like(partials[0], dtype=torch.float32)
     for host in hosts:
         host_total = torch.zeros_like(total)
         for member in host:

@@ -2,12 +2,16 @@
 
 Routing kinds
     uniform   K distinct experts, all equally likely.
-    zipf      K distinct experts, drawn without replacement, with probability proportional to
-              1 / position ** ZIPF_EXPONENT. Which expert has which position is a permutation that follows from the seed
-              alone: all ranks and steps agree on who is hot.
-    k-hot     K hot experts (the first K of that permutation) take three quarters of every token's choices; the rest
-              is uniform over the others.
+    zipf      K distinct experts, drawn without replacement, with probability proportional to 1 / position ** exponent.
+              Which expert has which position is a permutation that follows from the seed alone: all ranks and steps
+              agree on who is hot.
+    k-hot     K hot experts (the first K of that permutation) take a share of every token's choices; the rest is uniform
+              over the others.
+    zipf-packed, k-hot-packed
+              the same with the expert's number as its position, so that the hottest ones share the first rank.
     a Trace   topk ids that a real router produced, read from a file: see ``Trace.load``.
+
+The exponent or the share may stand behind a kind: zipf:1.2, k-hot-packed:0.9 (see `Skew`).
 
 Nothing here touches torch's global random state.
 """
@@ -25,11 +29,42 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Routing = Literal["uniform", "zipf", "k-hot"]
-ROUTINGS: tuple[Routing, ...] = ("uniform", "zipf", "k-hot")
+Routing = str
+ROUTINGS: tuple[Routing, ...] = ("uniform", "zipf", "k-hot", "zipf-packed", "k-hot-packed")
 
 ZIPF_EXPONENT = 1.0
 HOT_SHARE = 0.75
+
+
+@dataclass(frozen=True)
+class Skew:
+    """How choices are spread over experts. exponent: of zipf, 0 or more; share: of a token's choices that go to the hot
+    experts of k-hot, rounded up to whole choices, above 0 and up to 1; packed: hot experts are neighbours."""
+
+    kind: Literal["uniform", "zipf", "k-hot"]
+    exponent: float = ZIPF_EXPONENT
+    share: float = HOT_SHARE
+    packed: bool = False
+
+    @staticmethod
+    def parse(text: str) -> Skew:
+        """One of ROUTINGS, all but uniform with `:NUMBER` behind it if it is not the default. Raises ValueError."""
+        name, colon, number = text.partition(":")
+        try:
+            value = float(number) if colon else math.nan
+        except ValueError:
+            value = -1.0
+        packed, is_default = name.endswith("-packed"), not colon
+        if name == "uniform" and is_default:
+            return Skew("uniform")
+        if name in ("zipf", "zipf-packed") and (is_default or 0 <= value < math.inf):
+            return Skew("zipf", exponent=ZIPF_EXPONENT if is_default else value, packed=packed)
+        if name in ("k-hot", "k-hot-packed") and (is_default or 0 < value <= 1):
+            return Skew("k-hot", share=HOT_SHARE if is_default else value, packed=packed)
+        raise ValueError(
+            f"routing={text!r}; allowed: {', '.join(ROUTINGS)}; zipf may have its exponent behind it (zipf:1.2, 0 or "
+            "more), k-hot its share (k-hot:0.9, above 0, up to 1)"
+        )
 
 
 @dataclass(frozen=True)
@@ -90,18 +125,22 @@ def make_inputs(
     routing: Routing | Trace = "uniform",
     padding: float = 0.0,
     holes: float = 0.0,
+    device: torch.device | str = "cpu",
 ) -> Inputs:
     """The input that `rank` brings to `step`: the same for whoever asks, whatever they asked before.
 
-    x is standard normal. Weights are positive and sum to 1 over a token's experts, as after a router that normalises.
+    x is standard normal, and made on `device`, where it stays: the same on all devices of one kind. Ids and weights are
+    on the CPU and do not depend on it. Weights are positive and sum to 1 over a token's experts, as after a router that
+    normalises.
     padding: probability that a token has no expert at all; holes: probability that a single choice is -1.
     """
-    generator = _generator(seed, "inputs", rank, step)
-    x = torch.randn(tokens, hidden, generator=generator).to(dtype)
+    generator = _generator(seed, "inputs", rank, step, device=device)
+    x = torch.randn(tokens, hidden, generator=generator, device=device).to(dtype)
     if isinstance(routing, Trace):
         topk_ids = routing.rows(rank, step, tokens)
     else:
         topk_ids = make_routing(seed, rank, step, tokens, experts, top_k, routing)
+    generator = _generator(seed, "weights", rank, step)
     missing = torch.rand(tokens, top_k, generator=generator) < holes
     missing |= torch.rand(tokens, 1, generator=generator) < padding
     topk_ids = topk_ids.masked_fill(missing, -1)
@@ -111,28 +150,29 @@ def make_inputs(
 
 
 def make_routing(seed: int, rank: int, step: int, tokens: int, experts: int, top_k: int, routing: Routing) -> Tensor:
-    """Distinct expert ids, int64 [tokens, top_k], a token's in random order. Raises ValueError for an unknown kind."""
+    """Distinct expert ids, int64 [tokens, top_k], a token's in random order. routing: as `Skew.parse` reads it. Raises
+    ValueError."""
     if not 1 <= top_k <= experts:
         raise ValueError(
             f"top_k={top_k} distinct experts out of experts={experts}: top_k must be between 1 and experts"
         )
-    if routing not in ROUTINGS:
-        raise ValueError(f"routing={routing!r}; allowed: {', '.join(ROUTINGS)}, or a Trace")
+    skew = Skew.parse(routing)
     generator = _generator(seed, "routing", rank, step)
     # The k largest of independent Gumbel(log p) variables are k draws without replacement with probabilities p.
     keys = -torch.empty(tokens, experts).exponential_(generator=generator).log_()
-    if routing == "zipf":
-        keys[:, _popularity(seed, experts)] -= ZIPF_EXPONENT * torch.arange(1, experts + 1).log()
-    if routing == "k-hot":
-        return _hot_choices(keys, _popularity(seed, experts)[:top_k], generator)
+    order = torch.arange(experts) if skew.packed else _popularity(seed, experts)
+    if skew.kind == "zipf":
+        keys[:, order] -= skew.exponent * torch.arange(1, experts + 1).log()
+    if skew.kind == "k-hot":
+        return _hot_choices(keys, order[:top_k], skew.share, generator)
     return keys.topk(top_k, dim=1).indices
 
 
-def _hot_choices(keys: Tensor, hot: Tensor, generator: torch.Generator) -> Tensor:
-    """HOT_SHARE of the choices among the `hot` experts, the others elsewhere, shuffled: int64 [T, len(hot)]."""
+def _hot_choices(keys: Tensor, hot: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """A share of the choices among the `hot` experts, the others elsewhere, shuffled: int64 [T, len(hot)]."""
     tokens, experts = keys.shape
     top_k = len(hot)
-    from_hot = max(math.ceil(HOT_SHARE * top_k), 2 * top_k - experts)  # few experts: the others may not suffice
+    from_hot = max(math.ceil(share * top_k), 2 * top_k - experts)  # few experts: the others may not suffice
     hot_ids = hot[keys[:, hot].topk(from_hot, dim=1).indices]
     cold_ids = keys.index_fill(1, hot, -torch.inf).topk(top_k - from_hot, dim=1).indices
     order = torch.rand(tokens, top_k, generator=generator).argsort(dim=1)
@@ -144,10 +184,10 @@ def _popularity(seed: int, experts: int) -> Tensor:
     return torch.randperm(experts, generator=_generator(seed, "popularity"))
 
 
-def _generator(*key: int | str) -> torch.Generator:
+def _generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator of its own for every key: neighbouring seeds, ranks and steps must not give related streams."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def _read_npy(path: Path) -> list[np.ndarray]:

@@ -14,7 +14,7 @@ import torch
 from ranks import Ctx, run_ranks
 
 from moe_a2a.bench import check
-from moe_a2a.bench.cases import Case, percentiles
+from moe_a2a.bench.cases import Case, percentiles, rows_to, spread
 from moe_a2a.bench.report import bandwidth
 
 SMALL = ["--hidden", "256", "--experts", "8", "--top-k", "2", "--iterations", "3", "--timeout", "30"]
@@ -54,16 +54,26 @@ def test_two_hosts_of_two_ranks_give_json_a_table_and_a_plot(tmp_path: pathlib.P
 def test_one_host_has_no_network_and_every_routing_is_correct(tmp_path: pathlib.Path) -> None:
     trace = tmp_path / "trace.jsonl"
     trace.write_text("[[0, 1], [2, 3], [7, -1]]\n[[5, 6]]\n")
-    for routing in ("zipf", "k-hot", f"trace:{trace}"):
-        out = tmp_path / "out.json"
-        done = run_bench(
-            *SMALL, "--ranks", "2", "--tokens", "8", "--routing", routing, "--baseline", "", "--json", str(out)
-        )
-        assert done.returncode == 0, done.stderr
-        (case,) = json.loads(out.read_text())["cases"]
+    routings, out = ["zipf:1.3", "k-hot", "k-hot-packed:1", f"trace:{trace}"], tmp_path / "out.json"
+    some = ["--ranks", "2", "--tokens", "8", "--layout", "contiguous", "--baseline", ""]
+    done = run_bench(*SMALL, *some, "--routing", ",".join(routings), "--json", str(out))
+    assert done.returncode == 0, done.stderr
+    cases = json.loads(out.read_text())["cases"]
+    assert [case["routing"] for case in cases] == [routing.removeprefix("trace:") for routing in routings]
+    for case in cases:
         assert case["network_us"] is None
         assert case["baselines"] == {}
-        assert case["routing"] == routing.removeprefix("trace:")
+        worst, by_rank = case["worst_rank"], case["by_rank"]
+        for part in ("dispatch_us", "combine_us", "both_us"):
+            assert worst[part] == {
+                "p50": max(by_rank[part]), "rank": by_rank[part].index(max(by_rank[part])),
+                "rows": by_rank["rows"][worst[part]["rank"]],
+            }  # fmt: skip
+            assert min(by_rank[part]) <= case["median_rank"][part] <= max(by_rank[part])
+    assert cases[2]["by_rank"]["rows"] == [16, 0]
+    assert cases[2]["by_rank"]["expert_rows"] == [32, 0]
+    assert "Rows received: rank" in done.stdout
+    assert "worst rank" in done.stdout
 
 
 def test_lists_of_top_k_and_experts_give_a_case_for_each_pair(tmp_path: pathlib.Path) -> None:
@@ -95,6 +105,7 @@ def test_it_takes_part_in_a_torchrun_launch(tmp_path: pathlib.Path) -> None:
         (["--experts", "10", "--ranks", "4"], "does not divide by 4 ranks"),
         (["--hidden", "200"], "not a multiple of 128"),
         (["--routing", "trace:/does/not/exist"], "trace:FILE"),
+        (["--routing", "uniform,zipf:-1"], "allowed: uniform, zipf, k-hot"),
         (["--ranks", "2", "--hosts", "3"], "more than 2 ranks"),
     ],
 )
@@ -142,6 +153,33 @@ def test_the_check_finds_wrong_rows_and_wrong_sums(layout: str) -> None:
     assert run_ranks(_check_with, 2, layout, "none") == [None, None]
     assert "differ" in (run_ranks(_check_with, 2, layout, "rows")[1] or "")
     assert "combine differs" in " ".join(filter(None, run_ranks(_check_with, 2, layout, "sums")))
+
+
+def test_rows_of_a_rank_are_its_tokens_and_those_of_its_experts_their_choices() -> None:
+    ids = torch.tensor([[0, 1], [1, 3], [-1, 2], [-1, -1]])
+    assert rows_to(ids, 2, 2) == {"rows": [2, 2], "expert_rows": [3, 2]}
+
+
+def test_the_worst_rank_is_named_part_by_part_with_the_rows_that_it_receives() -> None:
+    times = [{"dispatch": [1.0, 2.0, 9.0], "combine": [8.0], "both": [5.0]}]
+    times += [
+        {"dispatch": [3.0], "combine": [2.0], "both": [5.5]},
+        {"dispatch": [1.0], "combine": [4.0], "both": [1.0]},
+    ]
+    brought = [{"rows": [1, 2, 3], "expert_rows": [1, 2, 6]}, {"rows": [4, 0, 1], "expert_rows": [9, 0, 1]}]
+    found = spread(times, brought)
+    assert found["by_rank"] == {
+        "rows": [5, 2, 4], "expert_rows": [10, 2, 7], "dispatch_us": [2.0, 3.0, 1.0], "combine_us": [8.0, 2.0, 4.0],
+        "both_us": [5.0, 5.5, 1.0],
+    }  # fmt: skip
+    assert found["worst_rank"] == {
+        "dispatch_us": {"p50": 3.0, "rank": 1, "rows": 2},
+        "combine_us": {"p50": 8.0, "rank": 0, "rows": 5},
+        "both_us": {"p50": 5.5, "rank": 1, "rows": 2},
+    }
+    assert found["median_rank"] == {
+        "rows": 4, "expert_rows": 7, "dispatch_us": 2.0, "combine_us": 4.0, "both_us": 5.0
+    }  # fmt: skip
 
 
 def test_percentiles_are_those_of_the_samples() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from deep_ep_masks import masked_by_hand
+from deep_ep_normal_steps import brief
 from deep_ep_steps import dropped
 from ranks import Ctx, RankPool, run_ranks
 from steps import (
@@ -467,7 +468,7 @@ def _deep_ep(ctx: Ctx, steps: Callable[[Ctx], None]) -> None:
     steps(ctx)
 
 
-@pytest.mark.parametrize("steps", [dropped, masked_by_hand])
+@pytest.mark.parametrize("steps", [dropped, masked_by_hand, brief])
 def test_programs_for_deepep_run_on_gpu_ranks(steps: Callable[[Ctx], None]) -> None:
     run_ranks(_deep_ep, 2, steps)
 

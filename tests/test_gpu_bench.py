@@ -21,12 +21,15 @@ from moe_a2a import AllToAll
 from moe_a2a.bench import baselines, command, gpu, report
 from moe_a2a.bench.baselines import Baselines, OurStep, why_absent
 from moe_a2a.bench.cases import Case
+from moe_a2a.bench.check import check_case
 from moe_a2a.bench.low_latency import expert_rows
+from moe_a2a.config import Options
 from moe_a2a.fp8 import quantize
-from moe_a2a.types import Masked
+from moe_a2a.types import LAYOUTS, Layout, Masked
 
 ROOT = pathlib.Path(__file__).parents[1]
 TIMES = {"dispatch": [1.0, 2.0, 3.0], "combine": [2.0, 3.0, 4.0], "both": [3.0, 5.0, 7.0], "event": [0.5]}
+BROUGHT = {"brought": {"rows": [6, 5], "expert_rows": [6, 6]}}
 
 
 def case(dtype: str = "bf16", tokens: int = 6) -> Case:
@@ -242,7 +245,7 @@ def test_a_peer_that_lacks_a_dtype_says_which_it_has(play: Any) -> None:
 
 def entry(compared: dict[str, Any], timed: tuple[str, ...], problems: tuple[str | None, ...] = (None, None)) -> Any:
     a2a: Any = SimpleNamespace(world_size=2, hosts=((0, 1),), buffer_bytes=4096)
-    everyone = [{"times": dict.fromkeys(timed, TIMES), "failed": {}, "bytes": [120, 100]} for _ in range(2)]
+    everyone = [{"times": dict.fromkeys(timed, TIMES), "failed": {}, "bytes": [120, 100], **BROUGHT} for _ in range(2)]
     return gpu.entry(case(), "graph", a2a, list(problems), everyone, compared)
 
 
@@ -270,14 +273,47 @@ def test_a_baseline_that_fails_while_it_is_timed_does_not_end_the_run(monkeypatc
     times, failed = gpu._measure(runners, "graph", 3)
     assert set(times) == {"ours"}
     a2a: Any = SimpleNamespace(world_size=2, hosts=((0, 1),), buffer_bytes=4096)
-    other = {"times": {"ours": TIMES, "deep_ep": TIMES}, "failed": {}, "bytes": [0, 0]}
-    everyone = [other, {"times": times, "failed": failed, "bytes": [0, 0]}]
+    other = {"times": {"ours": TIMES, "deep_ep": TIMES}, "failed": {}, "bytes": [0, 0], **BROUGHT}
+    everyone = [other, {"times": times, "failed": failed, "bytes": [0, 0], **BROUGHT}]
     found = gpu.entry(case(), "graph", a2a, [None, None], everyone, {"deep_ep": {"problem": None}})
     said = "rank 1: RuntimeError: operation not permitted when stream is capturing"
     assert found["baselines"] == {"deep_ep": {"problem": said}}
     assert found["correct"] is True
     with pytest.raises(RuntimeError, match="capturing"):
         gpu._measure({"ours": runners["deep_ep"]}, "graph", 3)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
+def test_a_case_checks_what_it_times_in_each_mode(
+    layout: Layout, dtype: str, play: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a CPU rank in place of the GPU's."""
+    checked = []
+
+    def check(case: Case, a2a: AllToAll, step: int, apart: bool) -> str | None:
+        checked.append(apart)
+        return check_case(case, a2a, step, apart)
+
+    def measure(runner: Any, mode: str, iterations: int) -> Any:
+        for _ in range(3):
+            runner.combine(runner.dispatch())
+        return TIMES
+
+    monkeypatch.setattr(gpu, "AllToAll", lambda config, device, options: AllToAll(config, options=options))
+    monkeypatch.setattr(gpu, "check_case", check)
+    monkeypatch.setattr(gpu, "measure", measure)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    of = Case(6, 256, 2, 8, dtype, layout, "zipf-packed", 3, 1, None if layout == "masked" else 16)
+    entries = gpu.run_gpu_case(of, ["graph", "eager"], Options(), Baselines((), (), torch.device("cpu")))
+    assert checked == ([True, False] if layout == "masked" else [False])
+    assert [entry["mode"] for entry in entries] == ["graph", "eager"]
+    for found in entries:
+        assert found["correct"], found["problems"]
+        assert found["by_rank"]["rows"] == [6]
+        assert found["by_rank"]["expert_rows"] == [12]
+        assert found["num_sms"] == of.num_sms
+    assert f"{of.name}: buffers" in capsys.readouterr().err
 
 
 def test_what_is_wrong_with_ours_is() -> None:
@@ -294,6 +330,8 @@ def test_table_and_bars_do_without_the_times_of_a_wrong_baseline(tmp_path: pathl
     report.print_table(entries, console)
     text = console.export_text()
     assert text.count("equal to the oracle") == 2
+    assert "Rows received: rank 0 12, median of ranks 11" in text
+    assert "5.0 (rank 0)" in text
     assert "deep_ep was not timed: rank 0: [sums] differ" in text
     report.write_plot(str(tmp_path / "bars.png"), entries)
     assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
@@ -306,14 +344,21 @@ def test_the_baselines_of_the_command_are_those_that_exist() -> None:
 # Plots over T, K and E
 
 
-def made_up(tokens: int, top_k: int, experts: int, dtype: str, correct: bool = True) -> dict[str, Any]:
+def made_up(tokens: int, top_k: int, experts: int, dtype: str, correct: bool = True, **also: Any) -> dict[str, Any]:
     us = {"p50": 10.0 + tokens * top_k / 50, "p90": 0.0, "p99": 0.0}
     times = {"dispatch_us": us, "combine_us": us, "both_us": us}
     shape = {"ranks": 2, "hidden": 7168, "routing": "uniform", "tokens": tokens, "top_k": top_k, "experts": experts}
     beside = {"nccl": {"problem": None, **times}, "deep_ep": {"problem": "rank 0: wrong"}}
     return {
-        **shape, **times, "device": "cuda", "mode": "graph", "dtype": dtype, "correct": correct, "baselines": beside,
+        **shape, **times, "device": "cuda", "layout": "masked", "mode": "graph", "dtype": dtype, "correct": correct,
+        "baselines": beside, **also,
     }  # fmt: skip
+
+
+def prefill(tokens: int, routing: str, sms: int, **also: Any) -> dict[str, Any]:
+    worst = {f"{part}_us": {"p50": tokens / sms, "rank": 1, "rows": tokens} for part in ("dispatch", "combine", "both")}
+    it = {"layout": "contiguous", "routing": routing, "num_sms": sms, "worst_rank": worst, **also}
+    return made_up(tokens, 8, 256, "bf16", **it)
 
 
 def draw(tmp_path: pathlib.Path, entries: list[dict[str, Any]]) -> subprocess.CompletedProcess[str]:
@@ -330,6 +375,30 @@ def test_plots_are_drawn_from_the_json(tmp_path: pathlib.Path) -> None:
     assert done.returncode == 0, done.stderr
     for name in ("gpu_tokens.png", "gpu_topk_experts.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert "gpu_contiguous.png was not drawn" in done.stderr
+
+
+def test_contiguous_steps_are_drawn_apart_from_masked_ones(tmp_path: pathlib.Path) -> None:
+    entries = [
+        prefill(tokens, routing, sms, baselines={} if sms == 16 else {"nccl": {"dispatch_us": {"p50": 900.0}}})
+        for tokens in (4096, 8192)
+        for routing in ("uniform", "zipf-packed:1.2")
+        for sms in (16, 24)
+    ]
+    done = draw(tmp_path, [made_up(4096, 8, 256, "bf16"), *entries])
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "gpu_contiguous.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "gpu_tokens.png").exists()
+
+
+def test_a_file_of_another_program_is_refused(tmp_path: pathlib.Path) -> None:
+    call = [sys.executable, str(ROOT / "bench" / "plot_gpu.py"), str(ROOT / "bench" / "results" / "gpu_kernels.json")]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*call, "--out", str(tmp_path)], capture_output=True, text=True, timeout=120, env=env, check=False
+    )
+    assert done.returncode == 1
+    assert "gpu_kernels.json has no cases" in done.stderr
 
 
 def test_nothing_is_drawn_from_entries_that_were_wrong(tmp_path: pathlib.Path) -> None:

@@ -32,8 +32,16 @@ POISON = 0x7F  # as bytes: NaN in FP8 and bf16, huge in int32
 
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several counting programs, several rounds of the scan and several blocks of a row, with little work in each."""
-    for name, value in {"_CHOICES": 16, "_COMPARED": 8, "_SCAN_TILE": 64, "_BLOCK_WORDS": 64}.items():
+    """Several counting programs, rounds of the scan, blocks of a row and tiles of scales, with little work in each."""
+    tiles = {
+        "_CHOICES": 16,
+        "_COMPARED": 8,
+        "_SCAN_TILE": 64,
+        "_BLOCK_WORDS": 64,
+        "_SCALE_ROWS": 16,
+        "_SCALE_COLUMNS": 4,
+    }
+    for name, value in tiles.items():
         monkeypatch.setattr(kernels, name, value)
 
 
@@ -130,7 +138,18 @@ def test_fp8_rows_bring_their_scales(form: str) -> None:
     if "column" in form:
         scales = scales.t().contiguous().t()
     ids = routing(6, 3, 7)
-    check(permuted(x, ids, 7, 8, scales=scales), x, ids, 7, 8, scales=scales)
+    got = permuted(x, ids, 7, 8, scales=scales)
+    check(got, x, ids, 7, 8, scales=scales)
+    named = permuted(x, ids, 7, 8, scales=scales, names=torch.tensor([9, 0, 9, 50, 2, 2], dtype=torch.int32))
+    assert named.scales is not None and got.scales is not None
+    assert torch.equal(bits(named.scales.contiguous()), bits(got.scales.contiguous()))
+
+
+def test_scales_of_rows_that_do_not_fit_are_not_written() -> None:
+    x, scales = quantize(rows_of(6, 640, torch.bfloat16))
+    ids = routing(6, 3, 7, holes=0.0)
+    got = permuted(x, ids, 7, 8, scales=scales, rows=9)
+    check(got, x, torch.full_like(ids, -1), 7, 8, scales=scales)
 
 
 def test_programs_share_the_work_evenly_or_not() -> None:

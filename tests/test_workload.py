@@ -67,6 +67,39 @@ def test_routings_are_skewed_as_promised() -> None:
     assert load(ids["k-hot"], 256)[:8].sum() == pytest.approx(0.75)
 
 
+def test_exponent_and_share_may_be_given() -> None:
+    def hottest(kind: str) -> float:
+        return float(load(make_routing(0, 0, 0, 2048, 256, 8, kind), 256)[:8].sum())
+
+    assert hottest("zipf:0.5") < hottest("zipf") == hottest("zipf:1") < hottest("zipf:1.5")
+    assert hottest("k-hot:0.5") == pytest.approx(0.5, abs=0.03)
+    assert hottest("k-hot:1") == 1
+    assert torch.equal(make_routing(0, 0, 0, 64, 64, 4, "k-hot"), make_routing(0, 0, 0, 64, 64, 4, "k-hot:0.75"))
+
+
+@pytest.mark.parametrize("kind", ["zipf-packed", "k-hot-packed:0.9", "zipf-packed:1.5"])
+def test_packed_experts_load_the_first_rank_the_most(kind: str) -> None:
+    counts = torch.bincount(make_routing(0, 0, 0, 2048, 64, 4, kind).flatten(), minlength=64)
+    by_rank = counts.view(4, 16).sum(dim=1)
+    assert by_rank[0] > 2 * by_rank[1:].max()
+    assert set(counts.topk(4).indices.tolist()) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "zipf:", "zipf:-1", "zipf:inf", "zipf:nan", "k-hot:0", "k-hot:1.1", "uniform:1", "uniform-packed", "hot"],
+)
+def test_a_routing_that_is_not_known_says_which_are(text: str) -> None:
+    with pytest.raises(ValueError, match="allowed: uniform, zipf, k-hot, zipf-packed, k-hot-packed"):
+        make_routing(0, 0, 0, 4, 8, 2, text)
+
+
+def test_ids_and_weights_are_the_same_whatever_device_makes_the_rows() -> None:
+    here = make_inputs(0, 1, 2, 12, hidden=128, experts=64, top_k=4)
+    there = make_inputs(0, 1, 2, 12, hidden=256, experts=64, top_k=4, device=torch.device("cpu"))
+    assert torch.equal(here.topk_ids, there.topk_ids) and torch.equal(here.topk_weights, there.topk_weights)
+
+
 def test_ranks_and_steps_agree_on_the_hot_experts_and_seeds_do_not() -> None:
     def hottest(seed: int, rank: int, step: int) -> set[int]:
         ids = make_routing(seed, rank, step, 512, 64, 4, "k-hot")

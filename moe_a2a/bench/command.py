@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pathlib
 import shlex
@@ -21,15 +22,18 @@ from moe_a2a.bench.launch import run_ranks
 from moe_a2a.bench.report import print_table, write_json, write_plot
 from moe_a2a.bench.timing import MODES
 from moe_a2a.bench.worker import Result, run_case
-from moe_a2a.config import Options
+from moe_a2a.config import DEFAULT_SMS, Options
 from moe_a2a.errors import MoeA2AError
 from moe_a2a.types import LAYOUTS
+from moe_a2a.workload import ROUTINGS, Skew
 
 #: Baselines by device.
 _BASELINES = {"cpu": ("gloo",), "cuda": GPU_BASELINES}
 
 
-def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> list[int]:
+def _numbers(context: click.Context, parameter: click.Parameter, value: str | None) -> list[int] | None:
+    if value is None:
+        return None
     try:
         numbers = [int(part) for part in value.split(",")]
     except ValueError:
@@ -37,6 +41,24 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> 
     if not numbers or min(numbers) < 1:
         raise click.BadParameter(f"{value!r}; give numbers above 0, such as 8,128,1024")
     return numbers
+
+
+def _routings(context: click.Context, parameter: click.Parameter, value: str) -> list[str]:
+    """Kinds of routing, and paths of traces."""
+    found = []
+    for text in value.split(","):
+        path = text.removeprefix("trace:")
+        if path == text:
+            try:
+                Skew.parse(text)
+            except ValueError as error:
+                raise click.BadParameter(f"{error}; or trace:FILE with a file that exists") from error
+        elif not pathlib.Path(path).is_file():
+            raise click.BadParameter(f"{text!r}: trace:FILE needs a file that exists")
+        elif os.sep not in path:  # a path in any case, also of a file that is called as a kind is
+            path = os.path.join(".", path)
+        found.append(path)
+    return found
 
 
 def _names(allowed: Sequence[str]) -> click.ParamType[list[str]]:
@@ -91,7 +113,11 @@ def _names(allowed: Sequence[str]) -> click.ParamType[list[str]]:
 )
 @click.option("--layout", type=_names(LAYOUTS), default="masked", show_default=True, help="Layout of received rows.")
 @click.option(
-    "--routing", default="uniform", show_default=True, help="uniform, zipf, k-hot, or trace:FILE (see docs/bench.md)."
+    "--routing",
+    default="uniform",
+    show_default=True,
+    callback=_routings,
+    help=f"{', '.join(ROUTINGS)}, or trace:FILE (see docs/bench.md).",
 )
 @click.option(
     "--iterations", type=click.IntRange(1), help="Timed iterations of each case.  [default: 50, 20 above 256 tokens]"
@@ -104,8 +130,8 @@ def _names(allowed: Sequence[str]) -> click.ParamType[list[str]]:
 )
 @click.option(
     "--num-sms",
-    type=click.IntRange(2),
-    help="SMs of a GPU that contiguous and grouped steps use, with --device cuda.  [default: 24]",
+    callback=_numbers,
+    help=f"SMs of a GPU that contiguous and grouped steps use, with --device cuda.  [default: {DEFAULT_SMS}]",
 )
 @click.option("--protocol", default="tcp", show_default=True, help="Transfer Engine protocol between hosts.")
 @click.option("--device-filter", default="", help="RDMA devices of the engine.")
@@ -134,10 +160,10 @@ def bench(
     dtype: list[str],
     mode: list[str] | None,
     layout: list[str],
-    routing: str,
+    routing: list[str],
     iterations: int | None,
     baseline: list[str] | None,
-    num_sms: int | None,
+    num_sms: list[int] | None,
     protocol: str,
     device_filter: str,
     metadata_server: str,
@@ -156,20 +182,23 @@ def bench(
     world = int(os.environ.get("WORLD_SIZE", ranks))
     _check_device(device, world, mode, layout, hosts, baseline)
     chosen = _choose(device, baseline)
-    kind = _routing(routing)
+    sms = {name: num_sms or [DEFAULT_SMS] if device == "cuda" and name != "masked" else [None] for name in layout}
     cases = [
-        Case(t, hidden, k, e, d, layout_name, kind, iterations or (50 if t <= 256 else 20), seed)  # type: ignore[arg-type]
+        Case(t, hidden, k, e, d, layout_name, kind, iterations or (50 if t <= 256 else 20), seed, limit)  # type: ignore[arg-type]
         for layout_name in layout
         for d in dtype
         for e in experts
         for k in top_k
+        for kind in routing
         for t in tokens
+        for limit in sms[layout_name]
     ]
     try:
         for case in cases:
             case.config("bench").local_experts(world)
-            if kind == routing.removeprefix("trace:") and routing.startswith("trace:"):
+            if case.has_trace:
                 case.inputs(0, 0)
+            Options(num_sms=case.num_sms)
         if hosts is not None and hosts > world:
             raise click.UsageError(f"--hosts {hosts} is more than {world} ranks")
         options = Options(
@@ -177,7 +206,6 @@ def bench(
             protocol=protocol,
             device_filter=device_filter,
             metadata_server=metadata_server,
-            num_sms=num_sms,
         )
     except (MoeA2AError, ValueError) as error:
         raise click.UsageError(str(error)) from error
@@ -236,15 +264,6 @@ def _choose(device: str, asked: list[str] | None) -> list[str]:
     return asked
 
 
-def _routing(text: str) -> str:
-    if text in ("uniform", "zipf", "k-hot"):
-        return text
-    path = text.removeprefix("trace:")
-    if not text.startswith("trace:") or not pathlib.Path(path).is_file():
-        raise click.UsageError(f"--routing {text!r}; allowed: uniform, zipf, k-hot, trace:FILE with a file that exists")
-    return path
-
-
 def _run_gpus(cases: list[Case], modes: list[str], options: Options, baselines: tuple[str, ...]) -> list[Result]:
     dist.init_process_group("gloo")
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
@@ -253,8 +272,8 @@ def _run_gpus(cases: list[Case], modes: list[str], options: Options, baselines: 
     alone = Baselines((), (), device)
     results = []
     for case in cases:
-        fp8_only = Options(**{**vars(options), "fp8_only": case.fp8 is not None})
-        results += run_gpu_case(case, modes, fp8_only, beside if case.layout == "masked" else alone)
+        its = dataclasses.replace(options, fp8_only=case.fp8 is not None, num_sms=case.num_sms)
+        results += run_gpu_case(case, modes, its, beside if case.layout == "masked" else alone)
     beside.close()
     return results
 
@@ -264,7 +283,7 @@ def _run(cases: list[Case], hosts: int | None, options: Options, baselines: tupl
     rank, world = dist.get_rank(), dist.get_world_size()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     if hosts is not None:
-        options = Options(**{**vars(options), "host": f"host-{rank * hosts // world}"})
+        options = dataclasses.replace(options, host=f"host-{rank * hosts // world}")
     console = Console(stderr=True, quiet=rank != 0)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     results = []

@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import moe_a2a
+from moe_a2a.bench.cases import PARTS
 from moe_a2a.transport.engine import installed_versions
 
 Result = dict[str, Any]
@@ -61,8 +62,11 @@ def _time(percentiles: dict[str, float] | None, device: str) -> str:
     """p50 / p90 / p99: in ms, three digits each, or in us for GPU ranks."""
     if percentiles is None:
         return "-"
-    write = _ms if device == "cpu" else str
-    return " / ".join(write(percentiles[p]) for p in ("p50", "p90", "p99"))
+    return " / ".join(_number(percentiles[p], device) for p in ("p50", "p90", "p99"))
+
+
+def _number(us: float, device: str) -> str:
+    return _ms(us) if device == "cpu" else str(us)
 
 
 def _ms(us: float) -> str:
@@ -98,9 +102,19 @@ def print_table(cases: list[Result], console: Console) -> None:
         for column in _COLUMNS:
             table.add_column(column, justify="right", overflow="fold")
         table.add_row("moe-a2a", *(_time(case[f"{what}_us"], case["device"]) for what in _COLUMNS))
+        if case["ranks"] > 1:
+            median, worst = case["median_rank"], {part: case["worst_rank"][f"{part}_us"] for part in PARTS}
+            table.add_row("median rank", *(_number(median[f"{part}_us"], case["device"]) for part in PARTS))
+            table.add_row(
+                "worst rank", *(f"{_number(at['p50'], case['device'])} (rank {at['rank']})" for at in worst.values())
+            )
         for name, base in case["baselines"].items():
             table.add_row(name, *(_time(base.get(f"{what}_us"), case["device"]) for what in _COLUMNS))
         console.print(table)
+        if case["ranks"] > 1:
+            named = {at["rank"]: at["rows"] for at in worst.values()}
+            each = ", ".join(f"rank {rank} {rows}" for rank, rows in sorted(named.items()))
+            console.print(f"Rows received: {each}, median of ranks {median['rows']:g}", soft_wrap=True)
         for problem in case["problems"]:
             console.print(f"[bold red]{problem}[/]", soft_wrap=True)
         for name, base in case["baselines"].items():

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from moe_a2a.all_to_all import AllToAll
-from moe_a2a.bench.cases import Case, heading, percentiles
+from moe_a2a.bench.cases import Case, heading, percentiles, rows_to, spread
 from moe_a2a.bench.check import check_case
 from moe_a2a.bench.gloo import GlooAllToAll
 from moe_a2a.bench.ours import RawEngine, TransportOnly
@@ -59,7 +59,9 @@ def run_case(case: Case, options: Options, baselines: tuple[str, ...], tick: Cal
             if iteration >= 0:
                 tick()
         own = {"times": samples.times, "stamps": samples.stamps, "wire": wire, "clock": machine_id()}
-        everyone = gather.all_gather({**own, "least": _least(case, a2a, mine)}, options.timeout_s)
+        brought = rows_to(mine.topk_ids, a2a.local_experts, a2a.world_size)
+        own |= {"least": _least(case, a2a, mine), "brought": brought}
+        everyone = gather.all_gather(own, options.timeout_s)
         return _entry(case, a2a, problems, everyone, several, baselines)
 
 
@@ -207,6 +209,7 @@ def _entry(
         "dispatch_us": slowest("dispatch"),
         "combine_us": slowest("combine"),
         "both_us": slowest("both"),
+        **spread([rank["times"] for rank in everyone], [rank["brought"] for rank in everyone]),
         "transport_us": slowest("transport"),
         "network_us": span(""),
         "wire_bytes": sum(rank["wire"] if several else rank["least"][1] for rank in everyone),

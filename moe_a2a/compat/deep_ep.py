@@ -1,7 +1,7 @@
 """DeepEP's `Buffer` over moe-a2a: `from moe_a2a.compat.deep_ep import Buffer, EventOverlap` in place of `deep_ep`.
 
 Signatures, layouts, dtypes and handle tuples are those of DeepEP 1.2.1 (`deep_ep.Buffer`); docs/deep_ep.md says what
-differs. Served so far: the low-latency mode. All work is done by `moe_a2a.AllToAll`.
+differs. All work is done by `moe_a2a.AllToAll`. The calls of the normal mode are in `normal_calls`.
 """
 
 from __future__ import annotations
@@ -12,10 +12,16 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 
+from moe_a2a import config as core
+from moe_a2a.compat.arguments import check
+from moe_a2a.compat.events import CommStream
 from moe_a2a.compat.events import EventHandle as EventHandle
 from moe_a2a.compat.events import EventOverlap as EventOverlap
-from moe_a2a.compat.low_latency import Hook, LowLatency, LowLatencyHandle, check
-from moe_a2a.config import MAX_TOP_K, Config, Options
+from moe_a2a.compat.low_latency import Hook, LowLatency, LowLatencyHandle
+from moe_a2a.compat.normal import Normal
+from moe_a2a.compat.normal_calls import NormalCalls
+from moe_a2a.compat.normal_config import Config as Config
+from moe_a2a.config import MAX_TOP_K, Options
 from moe_a2a.errors import ConfigError, HandleError, InputError
 from moe_a2a.fp8 import ScaleFormat
 from moe_a2a.gpu.layout import Layout
@@ -27,24 +33,26 @@ topk_idx_t = torch.int64
 _made: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()
 
 
-class Buffer:
+class Buffer(NormalCalls):
     """DeepEP's communication buffer.
 
     group: the EP group; used to build the real buffers, at the first dispatch of each set of sizes, and not by steps.
+    num_nvl_bytes: of normal-mode buffers, for each set of sizes: says how many tokens a rank may bring to a dispatch;
+    `Config.get_nvl_buffer_size_hint` says how many bytes 4096 tokens take. Equal on all ranks.
     low_latency_mode: must be True for the low_latency calls. explicitly_destroy: `destroy()` is then allowed; without
-    it memory is released with the object. enable_shrink: ranks may be masked, and a missing one masks itself.
+    it memory is released with the object. enable_shrink: in low-latency mode ranks may be masked, and a missing one
+    masks itself.
     device: this rank's, a GPU or "cpu"; None: the current GPU if there is one, else the CPU. options: moe-a2a's own.
-    Stored and otherwise without meaning here, since nothing goes through NVSHMEM and buffers are as large as their
-    first dispatch needs: num_nvl_bytes, num_rdma_bytes, num_qps_per_rank, allow_nvlink_for_low_latency_mode,
-    allow_mnnvl, use_fabric. comm: mpi4py communicators are refused.
+    max_tokens_per_rank: ours: the most tokens that a rank may bring to a normal dispatch, whatever num_nvl_bytes says.
+    Stored and otherwise without meaning here, as nothing goes through NVSHMEM, and low-latency buffers are as large as
+    their first dispatch needs: num_rdma_bytes, num_qps_per_rank, allow_nvlink_for_low_latency_mode, allow_mnnvl,
+    use_fabric. comm: mpi4py communicators are refused.
 
     Attributes: group, rank, group_size, num_nvl_bytes, num_rdma_bytes, low_latency_mode, explicitly_destroy,
     enable_shrink, device.
 
     Not collective; the first dispatch is. Raises ConfigError.
     """
-
-    num_sms: int = 20
 
     def __init__(
         self,
@@ -62,6 +70,7 @@ class Buffer:
         *,
         device: str | torch.device | None = None,
         options: Options | None = None,
+        max_tokens_per_rank: int | None = None,
     ) -> None:
         if group is None:
             given = "an mpi4py communicator cannot be used here" if comm is not None else "group is None"
@@ -77,16 +86,17 @@ class Buffer:
             raise ConfigError("enable_shrink=True needs GPU ranks: a missing CPU rank ends the group with a RankLost")
         number = _made.get(group, 0)
         _made[group] = number + 1
-        self._low_latency: LowLatency | None = LowLatency(
-            group, self.device, options or Options(), f"deep_ep-{number}", enable_shrink
-        )
+        name, options, self._comm = f"deep_ep-{number}", options or Options(), CommStream(self.device)
+        self._low_latency: LowLatency | None = LowLatency(group, self.device, options, name, enable_shrink, self._comm)
+        self._normal = Normal(group, self.device, options, name, self._comm, num_nvl_bytes, max_tokens_per_rank)
 
     def destroy(self) -> None:
         """Release memory and threads. Only with explicitly_destroy=True, as in DeepEP. Not collective."""
         assert self.explicitly_destroy, "`explicitly_destroy` flag must be set"
-        if self._low_latency is not None:
-            self._low_latency.close()
-            self._low_latency = None
+        for mode in (self._low_latency, self._normal):
+            if mode is not None:
+                mode.close()
+        self._low_latency = self._normal = None
 
     @staticmethod
     def is_sm90_compiled() -> bool:
@@ -95,9 +105,20 @@ class Buffer:
 
     @staticmethod
     def set_num_sms(new_num_sms: int) -> None:
-        """Set `Buffer.num_sms`, which the low-latency kernels do not look at."""
+        """Set `Buffer.num_sms`: how many SMs normal-mode calls use that are given no config. Low-latency kernels do not
+        look at it."""
         assert new_num_sms % 2 == 0, "The SM count must be even"
         Buffer.num_sms = new_num_sms
+
+    @staticmethod
+    def get_dispatch_config(num_ranks: int) -> Config:
+        """A config of `Buffer.num_sms` SMs, whatever the number of ranks."""
+        return Config(Buffer.num_sms)
+
+    @staticmethod
+    def get_combine_config(num_ranks: int) -> Config:
+        """As `get_dispatch_config`."""
+        return Config(Buffer.num_sms)
 
     @staticmethod
     def capture() -> EventOverlap:
@@ -105,10 +126,11 @@ class Buffer:
         return EventOverlap(EventHandle())
 
     def get_comm_stream(self) -> torch.cuda.Stream:
-        """The stream of calls with async_finish=True. GPU ranks only: raises ConfigError."""
+        """The stream of normal-mode calls, and of others with async_finish=True. GPU ranks only: raises ConfigError."""
         if self.device.type == "cpu":
             raise ConfigError("this Buffer is a CPU rank's, and has no streams")
-        return self._mode().comm.stream
+        self._normal_mode()
+        return self._comm.stream
 
     # low latency
 
@@ -119,9 +141,9 @@ class Buffer:
         """Bytes of communication buffer that a GPU rank will make for these sizes, for the largest top-k: an upper
         bound, within 2 % for hidden >= 4096. Raises ConfigError."""
         top_k = min(MAX_TOP_K, num_experts)
-        config = Config(num_experts, hidden, top_k, num_max_dispatch_tokens_per_rank)
+        sizes = core.Config(num_experts, hidden, top_k, num_max_dispatch_tokens_per_rank)
         granule = 2 << 20
-        return -(-Layout.of(config, num_ranks).region_bytes // granule) * granule
+        return -(-Layout.of(sizes, num_ranks).region_bytes // granule) * granule
 
     def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int) -> None:
         """Does nothing: a flag of these buffers carries its step's number, and none needs to be zero."""

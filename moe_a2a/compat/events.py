@@ -102,6 +102,35 @@ class CommStream:
             self._ahead = None
             yield
 
+    @contextmanager
+    def running(self, previous: EventOverlap | None, asynchronous: bool) -> Iterator[None]:
+        """As DeepEP runs its normal mode: always on this stream, after `previous` if there is one, else after all that
+        the caller's stream has; and unless asynchronous, the caller's stream waits for it."""
+        if self._device.type == "cpu":
+            yield
+            return
+        caller = torch.cuda.current_stream(self._device)
+        with torch.cuda.stream(self.stream):
+            if previous is not None and previous.event is not None:
+                previous.event.current_stream_wait()
+            else:
+                self.stream.wait_stream(caller)
+            yield
+        if not asynchronous:
+            caller.wait_stream(self.stream)
+
+    def ran(
+        self, asynchronous: bool, given: tuple[torch.Tensor | None, ...], made: tuple[torch.Tensor | None, ...]
+    ) -> EventOverlap:
+        """The event of a call that was `running`. given: the caller's tensors that its launches read; made: tensors
+        allocated there that the caller gets."""
+        if self._device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+            caller = torch.cuda.current_stream(self._device)
+            for tensor in made:
+                if tensor is not None:
+                    tensor.record_stream(caller)
+        return self.finished(asynchronous, given)
+
     def finished(self, asynchronous: bool, tensors: tuple[torch.Tensor | None, ...]) -> EventOverlap:
         """The event of a call. tensors: what its launches read or write."""
         if not asynchronous:

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from moe_a2a.all_to_all import AllToAll
+from moe_a2a.compat.arguments import capturing, check
 from moe_a2a.compat.events import CommStream, EventOverlap
 from moe_a2a.config import Config, Options
 from moe_a2a.errors import HandleError, InputError
@@ -26,23 +27,6 @@ from moe_a2a.types import Handle
 #: What DeepEP's handle holds: src_info int32 [E_l, R*M], layout_range int64 [E_l, R], M, hidden, num_experts.
 LowLatencyHandle = tuple[torch.Tensor, torch.Tensor, int, int, int]
 Hook = Callable[[], None]
-
-
-def capturing(device: torch.device) -> bool:
-    """Is a CUDA graph being captured on the current stream?"""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def check(name: str, value: object, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A contiguous tensor of exactly this kind. Raises InputError."""
-    if not isinstance(value, torch.Tensor):
-        raise InputError(f"{name} is a {type(value).__name__}; give a torch tensor {list(shape)}")
-    if value.device != device or value.dtype != dtype or tuple(value.shape) != shape or not value.is_contiguous():
-        raise InputError(
-            f"{name} is {value.dtype} {list(value.shape)} on {value.device} with strides {list(value.stride())}; "
-            f"give a contiguous {dtype} {list(shape)} on {device}"
-        )
-    return value
 
 
 @dataclass(eq=False)
@@ -99,12 +83,18 @@ class LowLatency:
     """The low-latency half of one `Buffer`. name: differs between the Buffers of a group, and is equal on all ranks."""
 
     def __init__(
-        self, group: dist.ProcessGroup, device: torch.device, options: Options, name: str, masks: bool
+        self,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        options: Options,
+        name: str,
+        masks: bool,
+        comm: CommStream,
     ) -> None:
         self._group, self._device, self._options, self._name = group, device, options, name
         self._all: dict[tuple[int, int, int, int], Steps] = {}
         self._masked: int | None = 0 if masks else None
-        self.comm = CommStream(device)
+        self.comm = comm
 
     def dispatch(
         self,
