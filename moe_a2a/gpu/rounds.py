@@ -194,6 +194,8 @@ class RoundsRank(ContiguousRank):
 
     def _send(self, mine: ContiguousHandle, state: Channel, sent: Sent, turn: int) -> None:
         """Launch the sending of one round of dispatch."""
+        if turn == 1:  # other kernels than the first round's
+            self.base.before_launch(mine, ("later rounds", sent.mode, mine._fp8, mine.known, mine.has_weights))
         round_send(
             self.layout,
             self.base.rank,
@@ -213,8 +215,8 @@ class RoundsRank(ContiguousRank):
 
     def _send_sums(self, mine: ContiguousHandle, state: Channel, y: torch.Tensor, turn: int) -> None:
         """Launch the sending of one round of combine."""
-        if turn == 0:
-            self.base.before_launch(mine, "combine in rounds")
+        if turn < 2:
+            self.base.before_launch(mine, ("combine in rounds", turn))
         round_combine_send(self.layout, self.base.rank, y, turn, came=mine.slot.places, **self._waiting(mine, state))
 
     def _new_tables(self, mine: ContiguousHandle) -> Tables:
