@@ -127,7 +127,7 @@ def send_quantised(
         at = (pick(to, r, L) + L.scales) + (place.to(tl.int64) * L.G + g) * 4
         tl.store(at.to(tl.pointer_type(tl.float32)), scale, mask=on)
     found = scale.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    report_bad(inside & (found >= 0x7F800000), t, g, 3, found, report, L)
+    report_bad(inside & (hit != 0) & (found >= 0x7F800000), t, g, 3, found, report, L)
 
 
 @triton.jit

@@ -133,7 +133,7 @@ def _send_quantised(
                 tl.store(aligned(to + L.H, tl.float32) + g, scale, mask=g < L.G)
         # Last, while the stores are on their way.
         found = scale.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-        report_bad(found >= 0x7F800000, token, g, 3, found, report, L)
+        report_bad((found >= 0x7F800000) & (hits != 0), token, g, 3, found, report, L)
 
 
 @triton.jit

@@ -31,7 +31,7 @@ _WARPS = 32
 _QUANTISING_WARPS = 16  # registers for twice as many elements a thread
 _TILE = 8192  # words, or elements that are quantised, of a work item
 _PART = 512  # of them, of one row
-_META = 32  # tokens whose ids and weights, or given scales, go at once
+_META = 128  # tokens whose ids and weights, or given scales, go at once
 
 
 @triton.jit

@@ -355,6 +355,17 @@ def test_hidden_states_that_are_not_finite_are_reported_where_they_are_quantised
                     assert d.scales[e, i].isfinite().tolist() == scales[row].isfinite().tolist()
 
 
+def test_what_padding_holds_does_not_matter() -> None:
+    """Tokens without experts are what fills a captured batch up."""
+    group = group_of(2, hidden=256)
+    inputs = make_inputs(group.config, 0, 0, [3, 2])
+    inputs[0].x[1] = torch.nan
+    inputs[0].topk_ids[1] = -1
+    steps = Steps(group)
+    steps.combine(inputs, [d.handle for d in steps.dispatch(inputs, "fp32")])
+    group.check()
+
+
 def test_what_is_not_finite_goes_as_it_is_without_fp8() -> None:
     """As for CPU ranks: nobody reads rows that are not quantised."""
     group = group_of(2)
