@@ -74,12 +74,10 @@ class Server:
         """Wait for the server to answer; returns the seconds since its start. Raises ServerFailed."""
         while time.monotonic() < deadline:
             self.check()
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5) as reply:
-                    if reply.status == 200:
-                        return time.monotonic() - self.begin
-            except (urllib.error.URLError, OSError):
-                pass
+            # Not /health, which generates a token. SGLang answers nothing before its schedulers are ready.
+            with contextlib.suppress(urllib.error.URLError, OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{self.port}/get_model_info", timeout=5).close()
+                return time.monotonic() - self.begin
             time.sleep(0.5)
         raise ServerFailed(f"not ready after {time.monotonic() - self.begin:.0f} s\n{self.tail()}")
 

@@ -110,7 +110,8 @@ def run_variant(variant: str, options: argparse.Namespace, state: Path, paths: l
             for name, stage in stages:
                 if end - time.monotonic() < 10:
                     raise ServerFailed(f"no time left for {name}")
-                stage_end = time.monotonic() + options.stage_limit
+                compiles = name == "first_request_s"
+                stage_end = time.monotonic() + (options.start_limit if compiles else options.stage_limit)
                 server.check()
                 print(f"  {variant}: {name} ...", flush=True)
                 found[name] = stage()
@@ -183,7 +184,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--again", action="store_true", help="run variants that --state has results of")
     parser.add_argument("--budget", type=float, default=560, help="seconds for everything")
     parser.add_argument("--least", type=float, default=60, help="seconds without which no server is started")
-    parser.add_argument("--start-limit", type=float, default=300, help="seconds for one server's start")
+    parser.add_argument(
+        "--start-limit", type=float, default=300, help="seconds for one server's start, and for its first request"
+    )
     parser.add_argument("--variant-limit", type=float, default=420, help="seconds for one variant")
     parser.add_argument("--stage-limit", type=float, default=150, help="seconds for one request or round")
     parser.add_argument("--caches", type=Path, help="a folder with the parts that --save-caches wrote")

@@ -26,10 +26,10 @@ from moe_a2a.libraries import (
     replace_engine,
 )
 from moe_a2a.machine import Machine
+from moe_a2a.sglang_plugin import versions
 
 PYTHONS = SpecifierSet(">=3.10,<3.14")
 TORCHES = SpecifierSet(">=2.11,<2.15")
-SGLANGS = SpecifierSet(">=0.5.17,<=0.5.23")
 INSTALL_TORCH = 'pip install "torch>=2.11,<2.15"'
 NEEDED_LIBRARIES = ("libibverbs.so.1", "libnuma.so.1", "libcurl.so.4")
 
@@ -231,16 +231,18 @@ def check_sglang(machine: Machine) -> Check:
     version = machine.version("sglang")
     if version is None:
         return Check("SGLang", "info", "not installed")
-    if Version(version) in SGLANGS:
+    if versions.supported(version):
         return Check("SGLang", "ok", version)
-    return Check("SGLang", "warning", f"{version}; known are 0.5.17 to 0.5.23", 'pip install "sglang>=0.5.17,<=0.5.23"')
+    oldest, newest = versions.OLDEST, versions.NEWEST
+    fix = f'pip install "sglang>={oldest},<={newest}"'
+    return Check("SGLang", "warning", f"{version}; known are {oldest} to {newest}", fix)
 
 
 def check_plugin(machine: Machine) -> Check:
     names = [name for name, source in machine.entry_points("sglang.srt.plugins").items() if source == "moe-a2a"]
     if names:
         return Check("SGLang plug-in", "ok", f"entry point {', '.join(names)}")
-    return Check("SGLang plug-in", "info", "not part of this version")
+    return Check("SGLang plug-in", "info", "SGLang does not see this copy: it was not installed by pip")
 
 
 def examine(machine: Machine) -> list[Check]:

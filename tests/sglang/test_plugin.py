@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -24,7 +25,9 @@ from servers import FLAGS, MOONCAKE, Failed, in_child, is_active, load_plugins, 
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.plugins.hook_registry import HookRegistry
 
+from moe_a2a.errors import RankLost
 from moe_a2a.sglang_plugin import adapter, limits
+from moe_a2a.sglang_plugin.limits import FlagError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -213,6 +216,67 @@ def test_another_plugins_dispatcher_stops_the_scheduler() -> None:
 
     with pytest.raises(Failed, match=r"RuntimeError: .*another plug-in has replaced it"):
         in_child(child)
+
+
+def test_what_replayed_graphs_have_found_is_raised_after_a_forward_pass() -> None:
+    def child() -> None:
+        from sglang.srt.model_executor.model_runner import ModelRunner
+
+        ModelRunner.forward = lambda self: "logits"
+        load_plugins()
+        scheduler(*MOONCAKE)
+        from moe_a2a.sglang_plugin import buffers
+
+        runner = object.__new__(ModelRunner)
+        assert runner.forward() == "logits"
+        with mock.patch.object(buffers, "poll", side_effect=RankLost("rank 1 is gone", [1])):
+            runner.forward()
+
+    with pytest.raises(Failed, match="RankLost: rank 1 is gone"):
+        in_child(child)
+
+
+# Expert layers.
+
+
+def expert_layer(quantisation: str | None, runner: str, deep_gemm: bool = True, **fields: Any) -> Any:
+    """An expert layer as SGLang has built it, and what the plug-in makes of it."""
+    from sglang.srt.layers import deep_gemm_wrapper, moe
+    from sglang.srt.layers.moe.utils import MoeA2ABackend, MoeRunnerBackend
+
+    from moe_a2a.sglang_plugin import activation
+
+    quant_config = None if quantisation is None else SimpleNamespace(get_name=lambda: quantisation)
+    known = {"deprecate_flag": False, "use_w4afp8": False, "quant_config": quant_config, "dispatcher": mock.Mock()}
+    layer = SimpleNamespace(**known | fields)
+    with (
+        mock.patch.object(moe, "get_moe_a2a_backend", return_value=MoeA2ABackend.MOONCAKE),
+        mock.patch.object(moe, "get_moe_runner_backend", return_value=MoeRunnerBackend(runner)),
+        mock.patch.object(deep_gemm_wrapper, "ENABLE_JIT_DEEPGEMM", deep_gemm),
+    ):
+        activation.check_runner(layer)
+    return layer
+
+
+def test_layers_that_a_runner_serves_pass() -> None:
+    assert expert_layer("fp8", "auto", deprecate_flag=True).deprecate_flag
+    assert not expert_layer("w4afp8", "cutlass", use_w4afp8=True).deprecate_flag
+
+
+def test_unquantised_layers_get_bf16_rows_and_deepgemm() -> None:
+    layer = expert_layer(None, "deep_gemm")
+    assert layer.deprecate_flag
+    layer.dispatcher.set_quant_config.assert_called_once_with({"dispatcher_output_dtype": "bf16"})
+
+
+@pytest.mark.parametrize(
+    "quantisation, runner, deep_gemm", [("awq", "auto", True), (None, "triton", True), (None, "deep_gemm", False)]
+)
+def test_layers_that_no_runner_serves_stop_the_server(quantisation: str | None, runner: str, deep_gemm: bool) -> None:
+    with pytest.raises(
+        FlagError, match=rf"--moe-runner-backend {runner} .* quantised as {quantisation}.*use an FP8 model"
+    ):
+        expert_layer(quantisation, runner, deep_gemm)
 
 
 # What it costs.
