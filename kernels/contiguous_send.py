@@ -42,7 +42,8 @@ _WARPS = 32  # with one program an SM, all that can be in flight there comes fro
 _QUANTISING_WARPS = 16  # registers for twice as many elements a thread
 _TILE = 8192  # words, or elements that are quantised, of a work item
 _PART = 512  # of them, of one row: 7168 columns of any kind are a multiple, so that no thread goes without
-_META = 128  # tokens whose ids and weights, or given scales, go at once
+_META = 128  # tokens whose ids and weights go at once
+SCALES_AT_ONCE = 64  # tokens whose given scales go at once
 #: Programs, at most, for rows that go as they are. One stores 46 GB/s; where half of that is for this GPU, these fill a
 #: link, which gives less when more wait for it. See docs/decisions.md.
 _MOST_PROGRAMS = 15
@@ -78,27 +79,53 @@ def send_words(
 
 
 @triton.jit
-def send_scales(
-    t0, scales, hits, within, starts, first, to, tokens, report, POW2: tl.constexpr, META: tl.constexpr,
-    L: tl.constexpr,
-):  # fmt: skip
-    """Given fp32 scales of META rows, from token t0 on, as bits. Scales that cannot be used are reported."""
-    R: tl.constexpr = L.R
-    G_PAD: tl.constexpr = triton.next_power_of_2(L.G)
-    t = t0 + tl.arange(0, META)
-    g = tl.arange(0, G_PAD)
-    inside = (t < tokens)[:, None] & (g < L.G)[None, :]
-    hit = tl.load(hits + t, mask=t < tokens, other=0)
-    bits = tl.load(scales + (t.to(tl.int64) * L.G)[:, None] + g[None, :], mask=inside, other=0x3F800000)
+def _load_scales(t, g, scales, end, L: tl.constexpr):
+    """Scales, as bits, of tokens t and groups g, 1 where there is none; and where there is one."""
+    inside = (t < end)[:, None] & (g < L.G)[None, :]
+    return tl.load(scales + (t.to(tl.int64) * L.G)[:, None] + g[None, :], mask=inside, other=0x3F800000), inside
+
+
+@triton.jit
+def _unusable(bits, POW2: tl.constexpr):
     wrong = (bits <= 0) | (bits >= 0x7F800000)
     if POW2:
         wrong |= (bits & 0x7FFFFF) != 0
-    report_bad(wrong, t[:, None], t[:, None] * 0 + g[None, :], 2, bits, report, L)
-    for r in tl.static_range(R):
-        place = pick(first, r, L) + index_of(t, t * 0 + r, within, starts, tokens, L)
-        row = (pick(to, r, L) + L.scales) + place.to(tl.int64) * (L.G * 4)
-        on = has_bit(hit, r) & (place < L.CAPACITY)
-        tl.store(row.to(tl.pointer_type(tl.int32))[:, None] + g[None, :], bits, mask=inside & on[:, None])
+    return wrong
+
+
+@triton.jit
+def send_scales(
+    pid, programs, begin, end, scales, hits, within, starts, first, to, report, POW2: tl.constexpr, META: tl.constexpr,
+    L: tl.constexpr,
+):  # fmt: skip
+    """Given fp32 scales of tokens `begin` to `end` - 1, as bits, META tokens at a time: the share of program `pid`.
+    Scales that cannot be used are reported."""
+    R: tl.constexpr = L.R
+    GROUPS: tl.constexpr = L.G_PAD
+    g = tl.arange(0, GROUPS)
+    blocks = (end - begin + META - 1) // META
+    bad = tl.zeros([META, GROUPS], tl.int32)
+    for number in tl.range(pid, blocks, programs, num_stages=1):
+        t = begin + (tl.full([], 0, tl.int32) + number) * META + tl.arange(0, META)
+        hit = tl.load(hits + t, mask=t < end, other=0)
+        bits, inside = _load_scales(t, g, scales, end, L)
+        bad |= _unusable(bits, POW2).to(tl.int32)
+        for r in tl.static_range(R):
+            place = pick(first, r, L) + index_of(t, t * 0 + r, within, starts, end, L)
+            on = has_bit(hit, r) & (place < L.CAPACITY)
+            if L.G % 4 == 0:  # whole vectors of 16 bytes
+                row = _row_pointers(pick(to, r, L) + L.scales, place, L.G * 4, tl.int32)
+            else:
+                row = (pick(to, r, L) + L.scales + place.to(tl.int64) * (L.G * 4)).to(tl.pointer_type(tl.int32))[
+                    :, None
+                ]
+            tl.store(row + g[None, :], bits, mask=inside & on[:, None])
+    # Which one is wrong takes registers to say, so it is looked for once more.
+    if tl.max(tl.max(bad, 1), 0) > 0:
+        for number in tl.range(pid, blocks, programs, num_stages=1):
+            t = begin + (tl.full([], 0, tl.int32) + number) * META + tl.arange(0, META)
+            bits, inside = _load_scales(t, g, scales, end, L)
+            report_bad(_unusable(bits, POW2), t[:, None], t[:, None] * 0 + g[None, :], 2, bits, report, L)
 
 
 @triton.jit
@@ -186,7 +213,7 @@ def _contiguous_send(
     MODE: tl.constexpr, WEIGHTS: tl.constexpr, LARGEST: tl.constexpr, KNOWN: tl.constexpr, RECEIVE: tl.constexpr,
     BITS: tl.constexpr,
     WORDS: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr, META: tl.constexpr,
-    EXPERTS: tl.constexpr, L: tl.constexpr, LANES: tl.constexpr,
+    SCALES: tl.constexpr, EXPERTS: tl.constexpr, L: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
@@ -219,9 +246,9 @@ def _contiguous_send(
                 report, WEIGHTS, LARGEST, META, L,
             )  # fmt: skip
     if MODE == 3 or MODE == 4:
-        for number in tl.range(pid, (count + META - 1) // META, programs, num_stages=1):
-            t0 = (tl.full([], 0, tl.int32) + number) * META
-            send_scales(t0, scales, hits, within, starts, first, to, tokens, report, MODE == 4, META, L)
+        send_scales(
+            pid, programs, count * 0, count, scales, hits, within, starts, first, to, report, MODE == 4, SCALES, L
+        )  # fmt: skip
     for number in tl.range(pid, (count + ROWS - 1) // ROWS * PARTS, programs, num_stages=1):
         item = tl.full([], 0, tl.int32) + number
         t0, part = item // PARTS * ROWS, item % PARTS
@@ -323,6 +350,7 @@ def contiguous_send(
             part // 128 if quantise else part,
             parts,
             _META,
+            SCALES_AT_ONCE,
             power_of_two_at_least(layout.E_L),
             layout,
             threads,

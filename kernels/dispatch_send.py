@@ -91,9 +91,8 @@ def _send_words(
 @triton.jit
 def _send_scales(source, row, offset, hits, bases, token, report, POW2: tl.constexpr, L: tl.constexpr):
     """Copy a row of given fp32 scales to every rank in `hits`. Scales that cannot be used are reported."""
-    G_PAD: tl.constexpr = triton.next_power_of_2(L.G)
     R: tl.constexpr = L.R
-    g = tl.arange(0, G_PAD)
+    g = tl.arange(0, L.G_PAD)
     bits = tl.load(source + row * L.G + g, mask=g < L.G, other=0x3F800000)
     wrong = (bits <= 0) | (bits >= 0x7F800000)
     if POW2:

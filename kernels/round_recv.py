@@ -68,8 +68,7 @@ def _copy_scales(block, place, to, on, scales, most, SCALES: tl.constexpr, L: tl
     """fp32 scales: as they are, [most, G], or their exponents, four to a word: int32 [ceil(G/4), most]."""
     bits = (block + L.scales).to(tl.pointer_type(tl.int32)) + (place.to(tl.int64) * L.G)[:, None]
     if SCALES == 1:
-        G_PAD: tl.constexpr = triton.next_power_of_2(L.G)
-        g = tl.arange(0, G_PAD)
+        g = tl.arange(0, L.G_PAD)
         inside = on[:, None] & (g < L.G)[None, :]
         into = scales + (to.to(tl.int64) * L.G)[:, None] + g[None, :]
         tl.store(into, tl.load(bits + g[None, :], mask=inside), mask=inside)

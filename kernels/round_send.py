@@ -21,7 +21,14 @@ import triton.language as tl
 from moe_a2a.gpu.layout import Layout, power_of_two_at_least
 from moe_a2a.gpu.routing import Routing
 from moe_a2a.kernels.contiguous_layout import agreed, index_of, report_missing
-from moe_a2a.kernels.contiguous_send import send_choices, send_quantised, send_scales, send_words, tell_host
+from moe_a2a.kernels.contiguous_send import (
+    SCALES_AT_ONCE,
+    send_choices,
+    send_quantised,
+    send_scales,
+    send_words,
+    tell_host,
+)
 from moe_a2a.kernels.formats import QUANTISE, QUANTISE_POW2
 from moe_a2a.kernels.launch import launch, warps
 from moe_a2a.kernels.rounds import announce, flags_of, forget_wait
@@ -31,7 +38,7 @@ _WARPS = 32
 _QUANTISING_WARPS = 16  # registers for twice as many elements a thread
 _TILE = 8192  # words, or elements that are quantised, of a work item
 _PART = 512  # of them, of one row
-_META = 128  # tokens whose ids and weights, or given scales, go at once
+_META = 128  # tokens whose ids and weights go at once
 
 
 @triton.jit
@@ -51,7 +58,7 @@ def _round_send(
     report, tokens, rank, ticket, turn,
     FIRST: tl.constexpr, MODE: tl.constexpr, WEIGHTS: tl.constexpr, LARGEST: tl.constexpr, KNOWN: tl.constexpr,
     BITS: tl.constexpr, WORDS: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr,
-    META: tl.constexpr, EXPERTS: tl.constexpr, L: tl.constexpr,
+    META: tl.constexpr, SCALES: tl.constexpr, EXPERTS: tl.constexpr, L: tl.constexpr,
     LANES: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
@@ -98,9 +105,9 @@ def _round_send(
                 t0, chosen, weights, hits, within, starts, first, to, end, rank, report, WEIGHTS, LARGEST, META, L
             )  # fmt: skip
     if MODE == 3 or MODE == 4:
-        for number in range(pid, (count + META - 1) // META, programs):
-            t0 = begin + (tl.full([], 0, tl.int32) + number) * META
-            send_scales(t0, scales, hits, within, starts, first, to, end, report, MODE == 4, META, L)
+        send_scales(
+            pid, programs, begin, end, scales, hits, within, starts, first, to, report, MODE == 4, SCALES, L
+        )  # fmt: skip
     for number in range(pid, (count + ROWS - 1) // ROWS * PARTS, programs):
         item = tl.full([], 0, tl.int32) + number
         t0, part = begin + item // PARTS * ROWS, item % PARTS
@@ -192,6 +199,7 @@ def round_send(
             part // 128 if quantise else part,
             parts,
             _META,
+            SCALES_AT_ONCE,
             power_of_two_at_least(layout.E_L),
             layout,
             threads,

@@ -248,6 +248,11 @@ class Layout:
         return power_of_two_at_least(self.K)
 
     @cached_property
+    def G_PAD(self) -> int:  # noqa: N802
+        # Here and not in a kernel: SGLang puts a function of its own in the place of Triton's, which Triton refuses.
+        return power_of_two_at_least(self.G)
+
+    @cached_property
     def row_stride(self) -> int:
         """Bytes from one dispatched row to the next: the longer of a plain row, and an FP8 row with its scales."""
         fp8 = self.H + 4 * self.G
