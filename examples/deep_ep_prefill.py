@@ -32,7 +32,7 @@ class Batch:
         self.factors = 1.0 + torch.arange(local * buffer.rank, local * (buffer.rank + 1), device=x.device)
 
     def dispatch(self) -> None:
-        buffer = self.buffer
+        buffer, rows = self.buffer, quantise(self.x)  # before the event that the calls below wait for
         per_rank, _, per_expert, is_token_in_rank, event = buffer.get_dispatch_layout(
             self.topk_idx,
             EXPERTS,
@@ -41,7 +41,7 @@ class Batch:
             allocate_on_comm_stream=True,
         )
         self.recv, self.recv_idx, self.recv_weights, self.counts, self.handle, self.event = buffer.dispatch(
-            quantise(self.x),
+            rows,
             num_tokens_per_rank=per_rank,
             is_token_in_rank=is_token_in_rank,
             num_tokens_per_expert=per_expert,

@@ -143,6 +143,7 @@ class Member:
         torch.cuda.set_device(self.device)
         options.setdefault("timeout_s", 60.0)
         options.setdefault("num_sms", 12)
+        self.in_rounds = options.get("recv_capacity") is not None
         self.a2a = AllToAll(
             config, store=ctx.store, rank=ctx.rank, world_size=ctx.world, device="cuda", options=Options(**options)
         )
@@ -186,13 +187,15 @@ class Member:
             got = self.a2a.dispatch(x, ids, weights, layout="contiguous", fp8=fp8, **options)
         y, own = self.outputs(inputs, seed, len(got.x))
         out = torch.full_like(x, float("nan"))
+        # Before combine: after it other ranks may begin a masked step, in the memory of the tables that `like` names.
+        self.check_got(inputs, got, fp8)
         if apart:
             self.a2a.combine_send(own, got.handle)
-            own.fill_(float("nan"))
+            if not self.in_rounds:  # of which all but the first are sent by combine_recv
+                own.fill_(float("nan"))
             self.a2a.combine_recv(got.handle, out=out)
         else:
             assert self.a2a.combine(own, got.handle, out=out) is out
-        self.check_got(inputs, got, fp8)
         check_combine(self.group, inputs, y, self.in_place(out), [self.rank])
         return got
 
