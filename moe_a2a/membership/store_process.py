@@ -1,5 +1,5 @@
-"""The process that serves a TCPStore: in a session of its own, so that the death of a rank, of rank 0 too, takes nothing
-along. It ends when its last user is gone."""
+"""The process that serves a TCPStore: in a session of its own, so that the death of a rank, of rank 0 too, takes
+nothing along. It ends when its last user is gone."""
 
 from __future__ import annotations
 

@@ -128,7 +128,7 @@ class View:
 
     @classmethod
     def of(cls, endpoints: Sequence[Endpoint], max_ranks: int, channels: Sequence[str] = ("default",)) -> View:
-        """The first view of a group: rank i has endpoints[i] and takes part from step 0; the rest is reserved for later."""
+        """The first view of a group: rank i has endpoints[i] and takes part from step 0; the other slots are free."""
         if not 1 <= len(endpoints) <= max_ranks <= MAX_RANKS:
             raise ConfigError(
                 f"max_ranks={max_ranks} for {len(endpoints)} ranks; allowed is {len(endpoints)} to {MAX_RANKS}"
@@ -171,7 +171,9 @@ class View:
 
     def holds(self, rank: int, incarnation: int) -> bool:
         """Whether this very process takes part."""
-        return 0 <= rank < self.max_ranks and self.slots[rank].takes_part and self.slots[rank].incarnation == incarnation
+        return (
+            0 <= rank < self.max_ranks and self.slots[rank].takes_part and self.slots[rank].incarnation == incarnation
+        )
 
     def open_slot(self) -> int:
         """The lowest slot that nobody holds. Raises JoinRefused if all are taken."""
@@ -182,11 +184,13 @@ class View:
 
     def watchers(self) -> dict[str, str]:
         """host -> address of its watcher, of the hosts that hold a slot."""
-        return {slot.endpoint.host: slot.endpoint.address for slot in self.slots if slot.endpoint and slot.state in _HELD}
+        return {
+            slot.endpoint.host: slot.endpoint.address for slot in self.slots if slot.endpoint and slot.state in _HELD
+        }
 
 
 def mark_failed(view: View, ranks: Mapping[int, int], note: str = "") -> View:
-    """The view without these ranks. ranks: rank -> incarnation; one that does not hold its slot (any more) is ignored."""
+    """The view without these ranks. ranks: rank -> incarnation; one that does not hold its slot is ignored."""
 
     def fail(slot: Slot) -> Slot:
         return Slot(State.FAILED, slot.endpoint, slot.first, (), note[:MAX_TEXT])
@@ -204,7 +208,9 @@ def reserve(view: View, rank: int, endpoint: Endpoint) -> View:
             return view
         raise JoinRefused(f"this incarnation of rank {rank} is {slot.state.value}; come back with a new one")
     if slot.state in _HELD:
-        raise JoinRefused(f"slot {rank} is taken by a live rank of {_host(slot)} ({slot.state.value}); take another slot")
+        raise JoinRefused(
+            f"slot {rank} is taken by a live rank of {_host(slot)} ({slot.state.value}); take another slot"
+        )
     return _next(view, {rank: Slot(State.READY, endpoint)})
 
 
@@ -218,7 +224,9 @@ def join(view: View, ranks: Mapping[int, int], first: Sequence[int]) -> View:
     for rank, incarnation in ranks.items():
         slot = view.slots[rank] if 0 <= rank < view.max_ranks else Slot()
         if slot.incarnation != incarnation or slot.state not in _HELD:
-            raise JoinRefused(f"rank {rank} is {slot.state.value}, and not ready; let its process reserve the slot first")
+            raise JoinRefused(
+                f"rank {rank} is {slot.state.value}, and not ready; let its process reserve the slot first"
+            )
     return _change(view, ranks, (State.READY,), lambda slot: replace(slot, state=State.ACTIVE, first=tuple(first)))
 
 

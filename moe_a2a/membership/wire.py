@@ -18,6 +18,8 @@ from moe_a2a.membership.view import Endpoint, Slot, State, View
 VIEW_VERSION = 1
 #: The largest encoded view: 1024 slots with names of usual length are a fifth of it.
 MAX_VIEW_BYTES = 1 << 20
+#: The largest message between a rank and its watcher. (Later views come through the page.)
+MAX_REQUEST_BYTES = 160_000
 _MAGIC = b"mA2\x01"
 _SEAL = len(_MAGIC) + hashlib.sha256().digest_size
 
@@ -70,9 +72,7 @@ def decode_view(data: bytes) -> View:
             state, address, incarnation, host, first, last, note = entry
             if not isinstance(note, str):
                 raise MessageError(f"slot {rank} of a view has a note that is no text")
-            slots[rank] = Slot(
-                State(state), Endpoint(address, incarnation, host), _steps(first), _steps(last), note
-            )
+            slots[rank] = Slot(State(state), Endpoint(address, incarnation, host), _steps(first), _steps(last), note)
         if not isinstance(channels, list):
             raise MessageError("a view whose channels are no list")
         return View(value["epoch"], tuple(channels), tuple(slots))
@@ -123,7 +123,9 @@ def text(value: Mapping[str, Any], key: str, limit: int = 255) -> str:
     """A text of a message. Raises MessageError."""
     found = value.get(key)
     if not isinstance(found, str) or len(found) > limit:
-        raise MessageError(f"a message with {key}={str(found)[:40]!r}; a text of up to {limit} characters belongs there")
+        raise MessageError(
+            f"a message with {key}={str(found)[:40]!r}; a text of up to {limit} characters belongs there"
+        )
     return found
 
 
