@@ -45,8 +45,8 @@ class EtcdStore:
         self._lease: Any = None
         self._absent: dict[str, float] = {}
         self._known_hosts: set[str] = set()
-        self._events: Iterator[View] | None = None  # an open watch, and the epoch up to which it has been read
-        self._read = 0
+        self._events: Iterator[View] | None = None  # an open watch: up to which epoch it was read, how long it waits
+        self._read, self._patience = 0, 0.0
         self._calls.call(lambda client: client.get(self._prefix + "epoch"))
 
     def get(self) -> View | None:
@@ -77,13 +77,13 @@ class EtcdStore:
         return decode_view(base64.b64decode(found[0]["value"]))
 
     def watch(self, epoch: int, timeout_s: float) -> View | None:
-        if self._events is None or self._read > epoch:
+        if self._events is None or self._read > epoch or self._patience > timeout_s:
             newest, revision = self._waits.call(self._current)
             if newest is None and epoch:
                 raise StoreAway(f"the store {self.url} has lost its data")
             if newest is not None and newest.epoch > epoch:
                 return newest
-            self._events, self._read = self._stream(revision + 1, timeout_s), epoch
+            self._events, self._read, self._patience = self._stream(revision + 1, timeout_s), epoch, timeout_s
         for view in self._events:
             self._read = view.epoch
             if view.epoch > epoch:

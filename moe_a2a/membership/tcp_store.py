@@ -171,11 +171,16 @@ class _Connection:
     def _connect(self) -> dist.TCPStore:
         # torch tries again and again, for longer than its time limit: ask first.
         socket.create_connection((self._host, self._port), timeout=_CONNECT_S).close()
+        # torch reads an answer without a time limit: a store that hangs would hang its users for ever.
         before = _sockets_to(self._port)
-        timeout = timedelta(seconds=_CONNECT_S)
-        client = dist.TCPStore(self._host, self._port, is_master=False, timeout=timeout, wait_for_workers=False)
+        patience = threading.Timer(_CONNECT_S, lambda: _hang_up(_sockets_to(self._port) - before))
+        patience.start()
+        try:
+            timeout = timedelta(seconds=_CONNECT_S)
+            client = dist.TCPStore(self._host, self._port, is_master=False, timeout=timeout, wait_for_workers=False)
+        finally:
+            patience.cancel()
         for fd in _sockets_to(self._port) - before:
-            # torch reads an answer without a time limit: a store that hangs would hang its users for ever.
             with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as connection:
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEVAL.pack(int(_ANSWER_S), 0))
         return client
@@ -197,3 +202,10 @@ def _sockets_to(port: int) -> set[int]:
                     if isinstance(peer, tuple) and peer[1] == port:
                         found.add(fd)
     return found
+
+
+def _hang_up(fds: set[int]) -> None:
+    """End connections under whoever waits for them."""
+    for fd in fds:
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as connection:
+            connection.shutdown(socket.SHUT_RDWR)

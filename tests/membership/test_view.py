@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -146,7 +147,7 @@ def histories(draw: st.DrawFn) -> list[View]:
 @settings(deadline=None)
 @given(histories())
 def test_whatever_happens_epochs_grow_by_one_with_every_change_and_bytes_keep_it_all(views: list[View]) -> None:
-    for before, after in zip(views, views[1:], strict=False):
+    for before, after in pairwise(views):
         assert (after is before) or (after.epoch == before.epoch + 1 and after.slots != before.slots)
     for view in views:
         assert decode_view(encode_view(view)) == view
