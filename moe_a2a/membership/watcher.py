@@ -21,11 +21,13 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 
 from moe_a2a.errors import ConfigError, MessageError, MoeA2AError
 from moe_a2a.membership.control import Channel, Died, Message, NewView
 from moe_a2a.membership.daemon import detach, log_file, settle, shared_secret
 from moe_a2a.membership.link import StoreLink
+from moe_a2a.membership.page import Page, Process
 from moe_a2a.membership.registered import Registered
 from moe_a2a.membership.store import change
 from moe_a2a.membership.view import View, mark_failed, move_watcher
@@ -39,6 +41,7 @@ BEAT_S = 0.2
 #: What another host saw is proposed here too, if its own proposal has not come through by then.
 SECOND_HAND_S = 0.05
 _MOST_RANKS = 1024
+_GONE = "its process is gone"
 _CREDENTIALS = struct.Struct("3i")
 
 
@@ -86,6 +89,7 @@ class Watcher:
         self.channel: Channel | None = None
         self._ranks: dict[int, Registered] = {}  # by descriptor of the connection
         self._dead: dict[tuple[int, int], tuple[str, float]] = {}  # (rank, incarnation) -> why, and when to propose
+        self._inherited: set[int] = set()  # incarnations
         self._proposing = False
         self._posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._selector = selectors.DefaultSelector()
@@ -296,6 +300,34 @@ class Watcher:
         rank.send({"welcome": channel.address})
         if held is not None:
             self.adopt(held)
+        self._inherit(rank.page)
+        self.share_processes()
+
+    def share_processes(self) -> None:
+        """Write down which processes this host's slots have, for a watcher that comes after this one."""
+        for rank in self._ranks.values():
+            if rank.rank >= 0 and rank.pid > 0:
+                process = Process.of(rank.incarnation, rank.pid)
+                for other in self._ranks.values():
+                    other.page.set_process(rank.rank, process)
+
+    def _inherit(self, page: Page) -> None:
+        """Watch the processes that the watcher before this one watched, and that may never come here themselves."""
+        here = {rank.incarnation for rank in self._ranks.values()} | self._inherited
+        for rank, process in page.processes().items():
+            if process.incarnation in here or not self._matters(rank, process.incarnation):
+                continue
+            self._inherited.add(process.incarnation)
+            fd = process.open()
+            if fd < 0:
+                self.died({rank: process.incarnation}, _GONE)
+            else:
+                self._selector.register(fd, selectors.EVENT_READ, partial(self._lose_inherited, fd, rank, process))
+
+    def _lose_inherited(self, fd: int, rank: int, process: Process) -> None:
+        self._selector.unregister(fd)
+        os.close(fd)
+        self.died({rank: process.incarnation}, _GONE)
 
     def _serve(self, rank: Registered) -> None:
         request = rank.receive()
@@ -313,7 +345,7 @@ class Watcher:
         if rank not in self._ranks.values():  # it said goodbye a moment ago
             return
         self._forget(rank)
-        self.died({rank.rank: rank.incarnation}, "its process is gone")
+        self.died({rank.rank: rank.incarnation}, _GONE)
 
     def _forget(self, rank: Registered) -> None:
         for file in (rank.connection, rank.pidfd):

@@ -263,7 +263,8 @@ def test_a_group_on_etcd_goes_on_through_the_death_of_etcd(tmp_path: Path) -> No
         wait_until_it_answers(server.url)
         with Group(server.url, 4, 2) as group:
             group[0].kill()
-            group[2].call(m.masks, 0, group[0].incarnation)
+            for rank in group.members[1:]:
+                rank.call(m.wait_ranks, (1, 2, 3))
             server.kill()
             assert group[1].call(m.frozen, True)
             group[3].kill()
