@@ -102,8 +102,8 @@ class StoreLink:
                     self._revive()
                 time.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE_S)
-            except MoeA2AError as error:
-                _log.error("the store cannot be used: %s", error)
+            except Exception:  # what the store holds or says may be anything; without this thread nothing comes in
+                _log.exception("the store cannot be used")
                 self._connected = False
                 time.sleep(_LONGEST_PAUSE_S)
 

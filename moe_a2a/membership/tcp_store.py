@@ -19,7 +19,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from moe_a2a.errors import ConfigError, StoreAway
+from moe_a2a.errors import ConfigError, MessageError, StoreAway
 from moe_a2a.membership.store import MAX_VALUE_BYTES
 from moe_a2a.membership.view import View
 from moe_a2a.membership.wire import decode_view, encode_view
@@ -100,7 +100,10 @@ class TcpStore:
     def find(self, name: str) -> bytes | None:
         key = f"{self._prefix}value/{name}"
         data = self._calls.call(lambda client: client.get(key) if client.check([key]) else None)
-        return None if data is None else bytes.fromhex(data.decode())
+        try:
+            return None if data is None else bytes.fromhex(data.decode())
+        except ValueError as error:
+            raise MessageError(f"{name} in the store {self.url} was not put there by this version: {error}") from error
 
     def announce(self, host: str) -> None:
         """A TCPStore has no leases. It would not outlive its machine anyway."""
@@ -125,7 +128,7 @@ class TcpStore:
         view: View | None = None
         while True:
             if epoch == 0 and client.check([self._head]):
-                epoch = int(client.get(self._head))
+                epoch = _number(client.get(self._head))
             key = self._key(epoch)
             if not client.check([key]):
                 return view
@@ -139,7 +142,7 @@ class TcpStore:
     def _advance_head(self, client: dist.TCPStore, epoch: int) -> None:
         """Let readers begin at the view that came after `epoch`, unless they begin later already."""
         holds = client.compare_set(self._head, "", str(epoch))
-        while int(holds) < epoch:
+        while _number(holds) < epoch:
             holds = client.compare_set(self._head, holds.decode(), str(epoch))
 
 
@@ -188,6 +191,12 @@ class _Connection:
     def drop(self) -> None:
         with self._lock:
             self._client = None
+
+
+def _number(data: bytes) -> int:
+    if not data.isdigit():
+        raise MessageError(f"the store holds {data[:40]!r} where the number of an epoch belongs")
+    return int(data)
 
 
 def _sockets_to(port: int) -> set[int]:

@@ -88,7 +88,9 @@ class Watcher:
         self._encoded = b""
         self.channel: Channel | None = None
         self._ranks: dict[int, Registered] = {}  # by descriptor of the connection
-        self._dead: dict[tuple[int, int], tuple[str, float]] = {}  # (rank, incarnation) -> why, and when to propose
+        # (rank, incarnation) -> why, and when to propose. Kept, as a store that lost its data may bring back an old view.
+        self._dead: dict[tuple[int, int], tuple[str, float]] = {}
+        self._sender: tuple[int, int] | None = None  # (rank, incarnation) in whose name the others are told
         self._inherited: set[int] = set()  # incarnations
         self._proposing = False
         self._posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -127,7 +129,8 @@ class Watcher:
                 self._last_user, self._allowed = now, LINGER_S
             elif now - self._last_user > self._allowed:
                 return
-            for key, _ in self._selector.select(SECOND_HAND_S if self._dead else BEAT_S):
+            pending = any(self._matters(*key) for key in self._dead)
+            for key, _ in self._selector.select(SECOND_HAND_S if pending else BEAT_S):
                 key.data()
             self._propose()
 
@@ -154,7 +157,6 @@ class Watcher:
             self._tell(addresses, view)
         for rank in list(self._ranks.values()):
             rank.send({"epoch": view.epoch})
-        self._dead = {key: value for key, value in self._dead.items() if self._matters(*key)}
         if self.channel is not None:
             self._check_address(view, self.channel.address)
 
@@ -186,7 +188,8 @@ class Watcher:
             return
         _log.info("ranks %s: %s", sorted(ranks), note)
         self._mark(ranks, note, 0.0)
-        self._tell(set(self.view.watchers().values()), Died(dict(ranks), note), next(iter(ranks.items())))
+        self._sender = next(iter(ranks.items()))
+        self._tell(set(self.view.watchers().values()), Died(dict(ranks), note))
 
     def _mark(self, ranks: Mapping[int, int], note: str, delay_s: float) -> None:
         due = time.monotonic() + delay_s
@@ -211,7 +214,7 @@ class Watcher:
     def _propose(self) -> None:
         """Propose the view without those that are dead; again and again while the store is away."""
         now = time.monotonic()
-        due = {key: note for key, (note, at) in self._dead.items() if at <= now}
+        due = {key: note for key, (note, at) in self._dead.items() if at <= now and self._matters(*key)}
         if not due or self._proposing or self.view is None:
             return
         known = self.view
@@ -226,7 +229,7 @@ class Watcher:
             self._changed(view, error)
             if error is not None:  # again, a little later
                 later = time.monotonic() + 2 * SECOND_HAND_S
-                self._dead.update({key: (note, later) for key, note in due.items() if key in self._dead})
+                self._dead.update({key: (note, later) for key, note in due.items()})
 
         self._proposing = True
         self.link.submit(lambda store: change(store, without, known), done)
@@ -245,13 +248,13 @@ class Watcher:
             self._selector.register(self.channel.socket, selectors.EVENT_READ, self._hear)
         return self.channel
 
-    def _tell(self, addresses: set[str], content: View | Died, sender: tuple[int, int] | None = None) -> None:
-        """sender: (rank, incarnation) in whose name; None for any rank of this host."""
-        if sender is None:
-            sender = next(((r.rank, r.incarnation) for r in self._ranks.values() if r.rank >= 0), None)
-        if sender is not None and self.channel is not None:
+    def _tell(self, addresses: set[str], content: View | Died) -> None:
+        """In the name of a rank of this host; of the last one that died, if there is none left."""
+        alive = ((rank.rank, rank.incarnation) for rank in self._ranks.values() if rank.rank >= 0)
+        self._sender = next(alive, self._sender)
+        if self._sender is not None and self.channel is not None:
             said = NewView(content) if isinstance(content, View) else content
-            self.channel.tell(addresses, Message(self.settings.group, *sender, said))
+            self.channel.tell(addresses, Message(self.settings.group, *self._sender, said))
 
     def _hear(self) -> None:
         assert self.channel is not None

@@ -172,6 +172,10 @@ def wait_ranks(member: Member, ranks: tuple[int, ...], within_s: float = 15.0) -
     return member.wait(lambda view: view.ranks == ranks, within_s).epoch
 
 
+def wait_epoch(member: Member, epoch: int, within_s: float = 15.0) -> tuple[int, ...]:
+    return member.wait(lambda view: view.epoch >= epoch, within_s).ranks
+
+
 def propose(member: Member, ranks: dict[int, int]) -> tuple[int, ...]:
     return member.propose_failed(ranks, "a test says so").ranks
 

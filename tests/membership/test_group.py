@@ -19,7 +19,8 @@ from stores import Etcd, gone, serving, tcp, wait_until_it_answers
 from moe_a2a import ConfigError
 from moe_a2a.membership.control import Died, Message, NewView, encode
 from moe_a2a.membership.member import MemberOptions
-from moe_a2a.membership.view import mark_failed
+from moe_a2a.membership.store import open_store
+from moe_a2a.membership.view import LIFE, mark_failed, reborn
 
 
 def test_every_survivor_masks_a_rank_that_was_killed() -> None:
@@ -184,6 +185,32 @@ def test_a_watcher_that_dies_is_replaced_and_sees_who_died_meanwhile() -> None:
         assert group[2].call(m.watcher_address) == address, "the others would tell a port that nobody listens at"
         group[1].kill()
         group[2].call(m.masks, 1, group[1].incarnation)
+
+
+def test_a_watcher_that_hangs_is_replaced() -> None:
+    with tcp() as url, Group(url, 3, 2) as group:
+        first = group[0].call(m.watcher_pid)
+        os.kill(first, signal.SIGSTOP)
+        group[1].kill()
+        group[0].call(m.wait_ranks, (0, 2))
+        assert group[0].call(m.watcher_pid) != first and gone(first, 1.0)
+
+
+def test_a_death_that_an_empty_store_forgot_is_proposed_again() -> None:
+    from moe_a2a.membership.store_process import start_store
+
+    with tcp() as url, Group(url, 4, 4) as group:
+        old = group[0].call(m.view)
+        group[3].kill()
+        for rank in group.members[:3]:
+            rank.call(m.wait_ranks, (0, 1, 2))
+        os.kill(serving(url), signal.SIGKILL)
+        start_store(url.removeprefix("tcp://"), idle_s=3)
+        store = open_store(url, "test")
+        # As if a watcher that had missed the news was first; unless the others have been faster than this.
+        outdated = store.compare_and_set(0, reborn(old)) == reborn(old)
+        for rank in group.members[:3]:
+            assert rank.call(m.wait_epoch, LIFE + outdated) == (0, 1, 2)
 
 
 def test_a_watcher_outlives_ranks_of_other_hosts_and_ends_with_its_own() -> None:

@@ -17,8 +17,8 @@ import pytest
 from stores import Etcd, gone, serving, tcp, wait_until_it_answers
 
 from moe_a2a import ConfigError
-from moe_a2a.errors import JoinRefused, StoreAway
-from moe_a2a.membership.store import Store, change, open_store, recall
+from moe_a2a.errors import JoinRefused, MessageError, StoreAway
+from moe_a2a.membership.store import Store, change, open_store, recall, split_url
 from moe_a2a.membership.store_process import start_store
 from moe_a2a.membership.view import LIFE, Endpoint, View, join, mark_failed, move_watcher, reserve
 
@@ -179,6 +179,17 @@ def test_proposals_that_race_give_one_agreed_sequence_of_views(url: str, group: 
     assert last is not None and max(agreed) == last.epoch and agreed[last.epoch] == last
     assert all(max(sequence) == last.epoch for sequence in sequences), "somebody did not catch up"
     assert last.epoch > 50, "the proposals did not change much"
+
+
+def test_what_a_stranger_wrote_into_a_store_gives_a_clear_error(servers: dict[str, str], group: str) -> None:
+    import torch.distributed as dist
+
+    _, host, port = split_url(servers["tcp"])
+    raw = dist.TCPStore(host, port, is_master=False, wait_for_workers=False)
+    for key, call in (("value/x", lambda s: s.find("x")), ("after/0", lambda s: s.get()), ("head", lambda s: s.get())):
+        raw.set(f"moe_a2a/{group}/{key}", "{not ours")
+        with pytest.raises(MessageError):
+            call(open_store(servers["tcp"], group))
 
 
 def test_an_address_that_is_none_is_refused() -> None:
