@@ -88,7 +88,7 @@ class Watcher:
         self._encoded = b""
         self.channel: Channel | None = None
         self._ranks: dict[int, Registered] = {}  # by descriptor of the connection
-        # (rank, incarnation) -> why, and when to propose. Kept, as a store that lost its data may bring back an old view.
+        # (rank, incarnation) -> why, and when to propose. Kept: a store that lost its data may bring an old view back.
         self._dead: dict[tuple[int, int], tuple[str, float]] = {}
         self._sender: tuple[int, int] | None = None  # (rank, incarnation) in whose name the others are told
         self._inherited: set[int] = set()  # incarnations

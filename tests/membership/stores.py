@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,7 +18,8 @@ import pytest
 from moe_a2a.membership.store import open_store, split_url
 from moe_a2a.membership.store_process import start_store
 
-ETCD = shutil.which("etcd")
+# The one that `make test` puts into .venv, else one that is installed.
+ETCD = shutil.which("etcd", path=f"{Path(sys.prefix) / 'etcd' / 'usr' / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}")
 
 
 def serving(url: str) -> int:
@@ -64,7 +66,7 @@ class Etcd:
 
     def __init__(self, folder: Path, flags: Sequence[str] = (), tls: bool = False) -> None:
         if ETCD is None:
-            pytest.skip("no etcd here: apt-get install etcd-server")
+            pytest.skip("no etcd here: make setup brings it, or apt-get install etcd-server")
         ports = []
         for _ in range(2):
             with socket.socket() as probe:
