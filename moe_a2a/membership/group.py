@@ -9,6 +9,7 @@ from typing import Any
 
 from moe_a2a.bootstrap import Bootstrap
 from moe_a2a.errors import ConfigError, JoinRefused, MoeA2AError
+from moe_a2a.hosts import own_label
 from moe_a2a.membership.member import Member, MemberOptions
 from moe_a2a.membership.store_process import start_store
 from moe_a2a.membership.view import Endpoint, View
@@ -47,13 +48,13 @@ def found_group(
     timeout_s = options.timeout_s if options is not None else 30.0
     url = options.store if options is not None else ""
     problem = ""
-    started = bootstrap.rank == 0 and not url
-    if started:
+    if bootstrap.rank == 0 and not url:
         try:
             url = start_store()
         except MoeA2AError as error:
             problem = str(error)
-    hellos = bootstrap.all_gather({"said": said, "store": url, "problem": problem}, timeout_s)
+    host = own_label(options.host if options is not None else None)
+    hellos = bootstrap.all_gather({"said": said, "store": url, "problem": problem, "host": host}, timeout_s)
     for rank, hello in enumerate(hellos):
         if hello["problem"]:
             raise ConfigError(f"rank {rank} could not start the store: {hello['problem']}")
@@ -63,7 +64,9 @@ def found_group(
                     f"{field} differs between ranks: rank 0 has {hellos[0]['said'][field]!r}, rank {rank} has "
                     f"{hello['said'][field]!r}; give every rank the same"
                 )
-    own = _with_store(options, hellos[0]["store"], started)
+    # Any rank of a host may be the one that starts its watcher, so that all of them say whether it keeps the store.
+    keep = not (options is not None and options.store) and host == hellos[0]["host"]
+    own = _with_store(options, hellos[0]["store"], keep)
     member: Member | None = None
     try:
         member = Member(own, on_change, bootstrap.rank)
