@@ -48,16 +48,23 @@ def found_group(
     timeout_s = options.timeout_s if options is not None else 30.0
     url = options.store if options is not None else ""
     problem = ""
-    if bootstrap.rank == 0 and not url:
+    starts = bootstrap.rank == 0 and not url
+    if starts:
         try:
             url = start_store()
         except MoeA2AError as error:
             problem = str(error)
     host = own_label(options.host if options is not None else None)
-    hellos = bootstrap.all_gather({"said": said, "store": url, "problem": problem, "host": host}, timeout_s)
+    hello = {"said": said, "store": url, "started": starts, "problem": problem, "host": host}
+    hellos = bootstrap.all_gather(hello, timeout_s)
     for rank, hello in enumerate(hellos):
         if hello["problem"]:
             raise ConfigError(f"rank {rank} could not start the store: {hello['problem']}")
+        if hello["store"] not in ("", hellos[0]["store"]):
+            raise ConfigError(
+                f"store differs between ranks: rank 0 has {hellos[0]['store']}, rank {rank} has {hello['store']}; give "
+                "every rank the same"
+            )
         for field in said:
             if hello["said"][field] != hellos[0]["said"][field]:
                 raise ConfigError(
@@ -65,7 +72,7 @@ def found_group(
                     f"{hello['said'][field]!r}; give every rank the same"
                 )
     # Any rank of a host may be the one that starts its watcher, so that all of them say whether it keeps the store.
-    keep = not (options is not None and options.store) and host == hellos[0]["host"]
+    keep = bool(hellos[0]["started"]) and host == hellos[0]["host"]
     own = _with_store(options, hellos[0]["store"], keep)
     member: Member | None = None
     try:

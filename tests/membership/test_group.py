@@ -284,6 +284,19 @@ def test_founders_that_were_given_different_things_are_all_told(url: str) -> Non
         rank.end()
 
 
+def test_founders_with_different_stores_are_all_told(url: str) -> None:
+    import torch.distributed as dist
+
+    meeting = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    stores = [url, "tcp://127.0.0.1:9"]
+    options = [MemberOptions(store, group="founders-2", host="h", timeout_s=10) for store in stores]
+    ranks = [Process(m.found, r, 2, meeting.port, options[r], {}) for r in range(2)]
+    for rank in ranks:
+        with pytest.raises(Refused, match=r"rank 1 has tcp://127\.0\.0\.1:9; give every rank the same"):
+            rank.ready()
+        rank.end()
+
+
 def test_options_that_cannot_work_are_refused() -> None:
     with pytest.raises(ConfigError, match="give tcp://HOST:PORT"):
         MemberOptions("127.0.0.1:1")
