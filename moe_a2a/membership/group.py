@@ -88,8 +88,7 @@ def found_group(
         raise ConfigError(f"rank {failed} could not start: {places[failed or 0].get('problem')}")
     first = View.of([Endpoint(p["address"], p["incarnation"], p["host"]) for p in places], slots, channels)
     try:
-        if bootstrap.rank == 0:
-            member.publish(_CHARTER, _encode_charter(said))
+        member.publish(_CHARTER, _encode_charter(said))  # by all: it has to outlive every one of them
         member.found(first)
         member.wait(lambda view: view.epoch >= 1)
         if not member.view.holds(member.rank, member.incarnation):
@@ -122,6 +121,7 @@ def join_group(
             raise JoinRefused(f"the store {options.store} knows no group {options.group!r}")
         _compare(_decode_charter(said), dict(charter or {}))
         member._reserve(-1 if rank is None else rank)
+        member.publish(_CHARTER, said)
     except BaseException:
         member.close()
         raise

@@ -45,6 +45,7 @@ class StoreLink:
         self._url, self._group, self._host, self._keep = url, group, host, keep
         self._post, self._known, self._on_view, self._on_silent = post, known, on_view, on_silent
         self._work: queue.SimpleQueue[Callable[[Store], None]] = queue.SimpleQueue()
+        self._published: dict[str, bytes] = {}  # by ranks of this host
         self._connected = False
         self._heard = time.monotonic()
         self._announced = 0.0
@@ -71,6 +72,11 @@ class StoreLink:
                 self._post(lambda: done(result, None))
 
         self._work.put(run)
+
+    def publish(self, store: Store, name: str, value: bytes) -> None:
+        """Put a value, and put it again if the store loses it."""
+        self._published[name] = value
+        store.put(name, value)
 
     def _client(self) -> Store:
         with self._opening:
@@ -115,6 +121,9 @@ class StoreLink:
             if newest is None and known is not None:
                 newest = recall(store, known, self._host, _RECALL_S)
                 _log.warning("the store had lost its data; it now has epoch %d", newest.epoch)
+            for name, value in list(self._published.items()):
+                if store.find(name) is None:
+                    store.put(name, value)
             self._tell(newest)
             self._connected = True
         self._heard = time.monotonic()

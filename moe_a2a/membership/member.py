@@ -92,6 +92,7 @@ class Member:
         self._answers: dict[int, dict[str, Any]] = {}
         self._news = threading.Condition()
         self._connection: socket.socket | None = None
+        self._published: dict[str, bytes] = {}
         self._watcher_pid = 0
         self._watcher_address = ""
         self._closed = False
@@ -179,8 +180,10 @@ class Member:
         return self.view
 
     def publish(self, name: str, value: bytes) -> None:
-        """Put up to 60 kB into the store, where all of the group can find it."""
+        """Put up to 60 kB into the store, where all of the group can find it, for as long as this member lives: if the
+        store loses its data, it is put there again."""
         self._ask("put", name=name, value=value.hex())
+        self._published[name] = value
 
     def lookup(self, name: str) -> bytes | None:
         """What was published under a name, if anything."""
@@ -296,13 +299,19 @@ class Member:
         while not self._closed:
             try:
                 self._connect()
+                assert self._connection is not None
+                for name, value in list(
+                    self._published.items()
+                ):  # the new watcher has to know them; answers go nowhere
+                    with contextlib.suppress(OSError):
+                        self._connection.send(encode_json({"id": 0, "ask": "put", "name": name, "value": value.hex()}))
                 return
             except MoeA2AError:
                 time.sleep(0.5)
 
     def _take(self, message: dict[str, Any]) -> None:
         with self._news:
-            if "id" in message:
+            if message.get("id"):
                 self._answers[number(message, "id")] = message
             self._news.notify_all()
         if self._on_change is not None and self.page.epoch > self._reported:

@@ -131,7 +131,7 @@ class Registered:
             submit(lambda store: change(store, transition))
         elif what == "put":
             name, value = text(request, "name"), _bytes(request)
-            submit(lambda store: store.put(name, value))
+            submit(lambda store: watcher.link.publish(store, name, value))
         elif what == "find":
             self._find(text(request, "name"), number_, watcher)
         elif what == "goodbye":

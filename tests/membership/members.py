@@ -198,6 +198,14 @@ def refresh(member: Member) -> int:
     return member.refresh().epoch
 
 
+def publish(member: Member, name: str, value: bytes) -> None:
+    member.publish(name, value)
+
+
+def lookup(member: Member, name: str) -> bytes | None:
+    return member.lookup(name)
+
+
 def frozen(member: Member, wanted: bool, within_s: float = 12.0) -> bool:
     deadline = time.monotonic() + within_s
     while member.frozen != wanted and time.monotonic() < deadline:

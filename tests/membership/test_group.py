@@ -169,9 +169,12 @@ def test_the_store_that_a_group_started_is_started_again() -> None:
     with Group("", 2, 1) as group:
         url = group[0].call(lambda_store)
         pid = serving(url)
+        os.kill(group[1].call(m.watcher_pid), signal.SIGKILL)  # and the watcher, which knew what was published
+        group[1].call(m.publish, "place", b"here")
         os.kill(pid, signal.SIGKILL)
         assert group[1].call(m.frozen, True)
         assert not group[1].call(m.frozen, False, 20.0)
+        assert group[0].call(m.lookup, "place") == b"here" and group[0].call(m.lookup, "charter")
         group[0].kill()  # and rank 0, which had started the first one
         group[1].call(m.wait_ranks, (1,))
         assert serving(url) != pid
