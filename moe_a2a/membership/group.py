@@ -71,8 +71,9 @@ def found_group(
                     f"{field} differs between ranks: rank 0 has {hellos[0]['said'][field]!r}, rank {rank} has "
                     f"{hello['said'][field]!r}; give every rank the same"
                 )
-    # Any rank of a host may be the one that starts its watcher, so that all of them say whether it keeps the store.
-    keep = bool(hellos[0]["started"]) and host == hellos[0]["host"]
+    # All ranks of the host say that its watcher keeps the store, and so do those that join it there later.
+    said["keeper"] = hellos[0]["host"] if hellos[0]["started"] else ""
+    keep = said["keeper"] == host
     own = _with_store(options, hellos[0]["store"], keep)
     member: Member | None = None
     try:
@@ -119,7 +120,10 @@ def join_group(
         said = member.lookup(_CHARTER)
         if said is None:
             raise JoinRefused(f"the store {options.store} knows no group {options.group!r}")
-        _compare(_decode_charter(said), dict(charter or {}))
+        group = _decode_charter(said)
+        _compare(group["charter"], dict(charter or {}))
+        if group.get("keeper") == member.host:
+            member.keep_store()
         member._reserve(-1 if rank is None else rank)
         member.publish(_CHARTER, said)
     except BaseException:
@@ -145,8 +149,7 @@ def _decode_charter(data: bytes) -> dict[str, Any]:
     said = decode_json(data, _MOST_CHARTER, "a charter")
     if said.get("version") != _CHARTER_VERSION or not isinstance(said.get("charter"), dict):
         raise JoinRefused("the group runs another version of moe-a2a; install one version on all ranks")
-    found: dict[str, Any] = said["charter"]
-    return found
+    return said
 
 
 def _compare(group: Mapping[str, Any], own: Mapping[str, Any]) -> None:

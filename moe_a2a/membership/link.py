@@ -40,9 +40,9 @@ class StoreLink:
         known: Callable[[], View | None],
         on_view: Callable[[View], None],
         on_silent: Callable[[tuple[str, ...]], None],
-        keep: bool,
     ) -> None:
-        self._url, self._group, self._host, self._keep = url, group, host, keep
+        self._url, self._group, self._host = url, group, host
+        self.keep = False
         self._post, self._known, self._on_view, self._on_silent = post, known, on_view, on_silent
         self._work: queue.SimpleQueue[Callable[[Store], None]] = queue.SimpleQueue()
         self._published: dict[str, bytes] = {}  # by ranks of this host
@@ -104,7 +104,7 @@ class StoreLink:
                 if self._connected:
                     _log.warning("the view is frozen: %s", error)
                 self._connected = False
-                if self._keep and "refused" in str(error):
+                if self.keep and "refused" in str(error):
                     self._revive()
                 time.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE_S)

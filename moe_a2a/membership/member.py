@@ -67,7 +67,7 @@ class MemberOptions:
             raise ConfigError(f"timeout_s={self.timeout_s!r}; give seconds above 0")
 
     def settings(self) -> Settings:
-        return Settings(self.store, self.group, own_label(self.host), self.control_address, self.keep_store)
+        return Settings(self.store, self.group, own_label(self.host), self.control_address)
 
 
 class Member:
@@ -93,6 +93,7 @@ class Member:
         self._news = threading.Condition()
         self._connection: socket.socket | None = None
         self._published: dict[str, bytes] = {}
+        self._keep = options.keep_store
         self._watcher_pid = 0
         self._watcher_address = ""
         self._closed = False
@@ -231,6 +232,11 @@ class Member:
     def _reserve(self, rank: int) -> None:
         self.rank = number(self._ask("reserve", rank=rank, incarnation=self.incarnation), "rank", 0, 1023)
 
+    def keep_store(self) -> None:
+        """Let this host's watcher start the store again if it dies. Only on the machine of the store."""
+        self._keep = True
+        self._ask("keep")
+
     def _connect(self) -> None:
         """Find this host's watcher, or start it. Raises MoeA2AError."""
         deadline = time.monotonic() + _START_S
@@ -256,6 +262,7 @@ class Member:
         known = self._view.slots[self.rank].endpoint if self._view is not None and self.rank >= 0 else None
         address = known.address if known is not None and known.host == self.host else ""
         hello = {"hello": PROTOCOL, "rank": self.rank, "incarnation": self.incarnation, "address": address}
+        hello["keep"] = self._keep
         try:
             connection.settimeout(_START_S)
             socket.send_fds(connection, [encode_json(hello)], [self.page.fd])
