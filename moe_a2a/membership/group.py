@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,6 +20,7 @@ from moe_a2a.membership.wire import decode_json, encode_json
 _CHARTER = "charter"
 _CHARTER_VERSION = 1
 _MOST_CHARTER = 60_000
+_PATIENCE_S = 3.0
 
 
 def found_group(
@@ -118,6 +120,10 @@ def join_group(
     member = Member(options, on_change)
     try:
         said = member.lookup(_CHARTER)
+        deadline = time.monotonic() + min(_PATIENCE_S, options.timeout_s)
+        while said is None and time.monotonic() < deadline:  # the store may have lost it, and be given it again
+            time.sleep(0.05)
+            said = member.lookup(_CHARTER)
         if said is None:
             raise JoinRefused(f"the store {options.store} knows no group {options.group!r}")
         group = _decode_charter(said)

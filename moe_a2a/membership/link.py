@@ -117,13 +117,13 @@ class StoreLink:
         store = self._client()
         known = self._known()
         if not self._connected:
+            for name, value in list(self._published.items()):  # before the view: who sees that may look for these
+                if store.find(name) is None:
+                    store.put(name, value)
             newest = store.get()
             if newest is None and known is not None:
                 newest = recall(store, known, self._host, _RECALL_S)
                 _log.warning("the store had lost its data; it now has epoch %d", newest.epoch)
-            for name, value in list(self._published.items()):
-                if store.find(name) is None:
-                    store.put(name, value)
             self._tell(newest)
             self._connected = True
         self._heard = time.monotonic()

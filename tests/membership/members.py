@@ -213,6 +213,10 @@ def frozen(member: Member, wanted: bool, within_s: float = 12.0) -> bool:
     return member.frozen
 
 
+def store_url(member: Member) -> str:
+    return member.options.store
+
+
 def watcher_pid(member: Member) -> int:
     return member._watcher_pid
 

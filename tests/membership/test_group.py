@@ -167,7 +167,7 @@ def test_the_store_dies_and_the_view_is_frozen_until_it_is_back() -> None:
 
 def test_the_store_that_a_group_started_is_started_again() -> None:
     with Group("", 2, 1) as group:
-        url = group[0].call(lambda_store)
+        url = group[0].call(m.store_url)
         pid = serving(url)
         os.kill(group[1].call(m.watcher_pid), signal.SIGKILL)  # and the watcher, which knew what was published
         group[1].call(m.publish, "place", b"here")
@@ -178,10 +178,6 @@ def test_the_store_that_a_group_started_is_started_again() -> None:
         group[0].kill()  # and rank 0, which had started the first one
         group[1].call(m.wait_ranks, (1,))
         assert serving(url) != pid
-
-
-def lambda_store(member: object) -> str:
-    return member.options.store  # type: ignore[attr-defined,no-any-return]
 
 
 def test_a_watcher_that_dies_is_replaced_and_sees_who_died_meanwhile(url: str) -> None:
