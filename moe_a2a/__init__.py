@@ -13,7 +13,18 @@ if TYPE_CHECKING:
     from moe_a2a.all_to_all import AllToAll
     from moe_a2a.bootstrap import KeyValue
     from moe_a2a.config import Config, Options
-    from moe_a2a.errors import ConfigError, EngineError, HandleError, InputError, MoeA2AError, RankLost
+    from moe_a2a.errors import (
+        ConfigError,
+        EngineError,
+        ExcludedFromView,
+        HandleError,
+        InputError,
+        JoinRefused,
+        MessageError,
+        MoeA2AError,
+        RankLost,
+        StoreAway,
+    )
     from moe_a2a.permutation import permute, unpermute
     from moe_a2a.permuted import Permuted, worst_case_rows
     from moe_a2a.types import Contiguous, Grouped, Handle, Masked
@@ -26,17 +37,21 @@ __all__ = [
     "ConfigError",
     "Contiguous",
     "EngineError",
+    "ExcludedFromView",
     "Grouped",
     "Handle",
     "HandleError",
     "InputError",
+    "JoinRefused",
     "KeyValue",
     "Masked",
+    "MessageError",
     "MoeA2AError",
     "NotFinite",
     "Options",
     "Permuted",
     "RankLost",
+    "StoreAway",
     "permute",
     "unpermute",
     "worst_case_rows",
@@ -46,7 +61,19 @@ _MODULES = {
     "all_to_all": ["AllToAll"],
     "bootstrap": ["KeyValue"],
     "config": ["Config", "Options"],
-    "errors": ["ConfigError", "EngineError", "HandleError", "InputError", "MoeA2AError", "NotFinite", "RankLost"],
+    "errors": [
+        "ConfigError",
+        "EngineError",
+        "ExcludedFromView",
+        "HandleError",
+        "InputError",
+        "JoinRefused",
+        "MessageError",
+        "MoeA2AError",
+        "NotFinite",
+        "RankLost",
+        "StoreAway",
+    ],
     "permutation": ["permute", "unpermute"],
     "permuted": ["Permuted", "worst_case_rows"],
     "types": ["Contiguous", "Grouped", "Handle", "Masked"],
