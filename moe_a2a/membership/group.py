@@ -6,10 +6,10 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from moe_a2a.bootstrap import Bootstrap
-from moe_a2a.errors import ConfigError, JoinRefused, MoeA2AError
+from moe_a2a.errors import ConfigError, JoinRefused, MoeA2AError, StoreAway
 from moe_a2a.hosts import own_label
 from moe_a2a.membership.member import Member, MemberOptions
 from moe_a2a.membership.store_process import start_store
@@ -21,6 +21,8 @@ _CHARTER = "charter"
 _CHARTER_VERSION = 1
 _MOST_CHARTER = 60_000
 _PATIENCE_S = 3.0
+
+T = TypeVar("T")
 
 
 def found_group(
@@ -114,28 +116,41 @@ def join_group(
     """Take a slot of a group that exists: the given one, or the lowest that nobody holds. A member then activates it
     (`Member.activate`; `wait_active` here); until then the group goes on as if it was not there.
 
-    charter: what this process was given. Raises JoinRefused if it differs from the group's, or if the slot is taken;
-    StoreAway.
+    charter: what this process was given. A store that is away is waited for. Raises JoinRefused if the charter differs
+    from the group's, or if the slot is taken; StoreAway.
     """
     member = Member(options, on_change)
+    deadline = time.monotonic() + options.timeout_s
     try:
-        said = member.lookup(_CHARTER)
-        deadline = time.monotonic() + min(_PATIENCE_S, options.timeout_s)
-        while said is None and time.monotonic() < deadline:  # the store may have lost it, and be given it again
+        said = _patient(lambda: member.lookup(_CHARTER), deadline)
+        patience = time.monotonic() + min(_PATIENCE_S, options.timeout_s)
+        while said is None and time.monotonic() < patience:  # the store may have lost it, and be given it again
             time.sleep(0.05)
-            said = member.lookup(_CHARTER)
+            said = _patient(lambda: member.lookup(_CHARTER), deadline)
         if said is None:
             raise JoinRefused(f"the store {options.store} knows no group {options.group!r}")
         group = _decode_charter(said)
         _compare(group["charter"], dict(charter or {}))
         if group.get("keeper") == member.host:
             member.keep_store()
-        member._reserve(-1 if rank is None else rank)
-        member.publish(_CHARTER, said)
+        slot, charter_bytes = -1 if rank is None else rank, said
+        _patient(lambda: member._reserve(slot), deadline)
+        _patient(lambda: member.publish(_CHARTER, charter_bytes), deadline)
     except BaseException:
         member.close()
         raise
     return member
+
+
+def _patient(call: Callable[[], T], deadline: float) -> T:
+    """Make a call of a member until the store answers. Requests may be made twice."""
+    while True:
+        try:
+            return call()
+        except StoreAway:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(0.05)
 
 
 def _with_store(options: MemberOptions | None, url: str, keep: bool) -> MemberOptions:

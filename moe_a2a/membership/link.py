@@ -27,7 +27,8 @@ class StoreLink:
     """Follows the store and carries out changes. What happens is told by `post`, which runs a function in the watcher's
     loop.
 
-    known: gives the newest view that the watcher has. on_view: a view came; on_silent: hosts whose lease ended.
+    known: gives the newest view that the watcher has. on_view: a view came; on_silent: hosts whose lease ended;
+    on_away: `away` has changed.
     keep: start the store again where it was if it dies (only the watcher of the store's own machine can).
     """
 
@@ -40,10 +41,12 @@ class StoreLink:
         known: Callable[[], View | None],
         on_view: Callable[[View], None],
         on_silent: Callable[[tuple[str, ...]], None],
+        on_away: Callable[[], None],
     ) -> None:
         self._url, self._group, self._host = url, group, host
         self.keep = False
-        self._post, self._known, self._on_view, self._on_silent = post, known, on_view, on_silent
+        self._post, self._known = post, known
+        self._on_view, self._on_silent, self._on_away = on_view, on_silent, on_away
         self._work: queue.SimpleQueue[Callable[[Store], None]] = queue.SimpleQueue()
         self._published: dict[str, bytes] = {}  # by ranks of this host
         self._connected = False
@@ -103,14 +106,14 @@ class StoreLink:
             except StoreAway as error:
                 if self._connected:
                     _log.warning("the view is frozen: %s", error)
-                self._connected = False
+                self._say(False)
                 if self.keep and "refused" in str(error):
                     self._revive()
                 time.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE_S)
             except Exception:  # what the store holds or says may be anything; without this thread nothing comes in
                 _log.exception("the store cannot be used")
-                self._connected = False
+                self._say(False)
                 time.sleep(_LONGEST_PAUSE_S)
 
     def _look(self) -> None:
@@ -125,7 +128,8 @@ class StoreLink:
                 newest = recall(store, known, self._host, _RECALL_S)
                 _log.warning("the store had lost its data; it now has epoch %d", newest.epoch)
             self._tell(newest)
-            self._connected = True
+            self._heard = time.monotonic()
+            self._say(True)
         self._heard = time.monotonic()
         known = self._known()
         self._tell(store.watch(known.epoch if known else 0, _WATCH_S))
@@ -136,6 +140,11 @@ class StoreLink:
             silent = store.silent()
             if silent:
                 self._post(lambda: self._on_silent(silent))
+
+    def _say(self, connected: bool) -> None:
+        if self._connected != connected:
+            self._connected = connected
+            self._post(self._on_away)
 
     def _tell(self, view: View | None) -> None:
         known = self._known()

@@ -106,6 +106,7 @@ class Watcher:
             lambda: self.view,
             self.adopt,
             self._silent,
+            self._beat,
         )
 
     def post(self, work: Callable[[], None]) -> None:
@@ -121,8 +122,7 @@ class Watcher:
             now = time.monotonic()
             if now - beat >= BEAT_S:
                 beat = now
-                for rank in self._ranks.values():
-                    rank.page.beat(self.link.away)
+                self._beat()
             if self._ranks:
                 self._last_user, self._allowed = now, LINGER_S
             elif now - self._last_user > self._allowed:
@@ -131,6 +131,11 @@ class Watcher:
             for key, _ in self._selector.select(SECOND_HAND_S if pending else BEAT_S):
                 key.data()
             self._propose()
+
+    def _beat(self) -> None:
+        """A sign of life for the ranks of this host, and whether the view is frozen."""
+        for rank in self._ranks.values():
+            rank.page.beat(self.link.away)
 
     def _run_posted(self) -> None:
         with contextlib.suppress(BlockingIOError):

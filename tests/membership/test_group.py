@@ -172,8 +172,8 @@ def test_the_store_that_a_group_started_is_started_again() -> None:
         os.kill(group[1].call(m.watcher_pid), signal.SIGKILL)  # and the watcher, which knew what was published
         group[1].call(m.publish, "place", b"here")
         os.kill(pid, signal.SIGKILL)
-        assert group[1].call(m.frozen, True)
-        assert not group[1].call(m.frozen, False, 20.0)
+        assert all(rank.call(m.frozen, True) for rank in group.members)
+        assert not any(rank.call(m.frozen, False, 20.0) for rank in group.members)
         assert group[0].call(m.lookup, "place") == b"here" and group[0].call(m.lookup, "charter")
         group[0].kill()  # and rank 0, which had started the first one
         group[1].call(m.wait_ranks, (1,))
