@@ -9,6 +9,7 @@ import contextlib
 import os
 import random
 import signal
+import time
 
 import members as m
 from members import Group, Refused
@@ -42,7 +43,15 @@ def settle(live: dict[int, m.Process], alive: tuple[int, ...], dead: dict[int, i
     try:
         live[alive[0]].call(m.wait_ranks, alive, 6.0)
     except Refused:
-        live[alive[0]].call(m.propose, dead)
+        deadline = time.monotonic() + 20.0
+        while True:
+            try:
+                live[alive[0]].call(m.propose, dead)
+                break
+            except Refused:  # the store is on its way back
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.1)
     for rank in alive:
         live[rank].call(m.wait_ranks, alive, 20.0)
 
