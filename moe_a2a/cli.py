@@ -7,7 +7,11 @@ import importlib
 import click
 
 # Command -> (module, function, the line in --help). These need torch, which `doctor` must be able to do without.
-_LAZY = {"bench": ("moe_a2a.bench.command", "bench", "Check dispatch and combine, then time them against baselines.")}
+_LAZY = {
+    "bench": ("moe_a2a.bench.command", "bench", "Check dispatch and combine, then time them against baselines."),
+    "members": ("moe_a2a.membership.commands", "members", "Print a group's view: who is in it, who failed and why."),
+    "store": ("moe_a2a.membership.commands", "store", "Serve the membership store, and print its address."),
+}
 
 
 class LazyGroup(click.Group):

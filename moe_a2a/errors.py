@@ -46,3 +46,22 @@ class RankLost(MoeA2AError, TimeoutError):
     def __init__(self, message: str, ranks: Sequence[int]) -> None:
         super().__init__(message)
         self.ranks = tuple(ranks)
+
+
+class ExcludedFromView(MoeA2AError):
+    """This rank is not part of the group's view: it was found failed, or it left. What it would send is not wanted.
+
+    It may come back with `Member.rejoin()`, which gives it a new incarnation.
+    """
+
+
+class JoinRefused(MoeA2AError):
+    """A process cannot have the slot that it asked for; the message says why. The group did not notice."""
+
+
+class StoreAway(MoeA2AError, ConnectionError):
+    """The membership store does not answer: the view is frozen until it is back. Steps go on without it."""
+
+
+class MessageError(MoeA2AError, ValueError):
+    """Bytes from the store or the network are not a message of this version of moe-a2a. They were not used."""

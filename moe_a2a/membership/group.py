@@ -1,0 +1,149 @@
+"""How a group comes to be, and how a process comes to it later."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from moe_a2a.bootstrap import Bootstrap
+from moe_a2a.errors import ConfigError, JoinRefused, MoeA2AError
+from moe_a2a.membership.member import Member, MemberOptions
+from moe_a2a.membership.store_process import start_store
+from moe_a2a.membership.view import Endpoint, View
+from moe_a2a.membership.wire import decode_json, encode_json
+
+#: Of what the founders publish for those who join later.
+_CHARTER = "charter"
+_CHARTER_VERSION = 1
+_MOST_CHARTER = 60_000
+
+
+def found_group(
+    bootstrap: Bootstrap,
+    options: MemberOptions | None = None,
+    max_ranks: int | None = None,
+    channels: Sequence[str] = ("default",),
+    charter: Mapping[str, Any] | None = None,
+    on_change: Callable[[View], None] | None = None,
+) -> Member:
+    """Found a group of all ranks of `bootstrap`. Collective. Rank i gets slot i, and takes part from step 0.
+
+    options: with store="" (or None) rank 0 starts a store for the group on its machine's loopback, and its watcher
+    starts it again if it dies; ranks on several machines need a store that all of them reach.
+    max_ranks: slots of the group for its whole life (None: as many as there are ranks now).
+    charter: JSON values that everybody who joins later must have too (sizes, options).
+
+    Raises ConfigError, on all ranks alike if they were given different things, StoreAway, RankLost.
+    """
+    slots = bootstrap.world_size if max_ranks is None else max_ranks
+    said = {
+        "version": _CHARTER_VERSION,
+        "max_ranks": slots,
+        "channels": list(channels),
+        "charter": dict(charter or {}),
+    }
+    timeout_s = options.timeout_s if options is not None else 30.0
+    url = options.store if options is not None else ""
+    problem = ""
+    started = bootstrap.rank == 0 and not url
+    if started:
+        try:
+            url = start_store()
+        except MoeA2AError as error:
+            problem = str(error)
+    hellos = bootstrap.all_gather({"said": said, "store": url, "problem": problem}, timeout_s)
+    for rank, hello in enumerate(hellos):
+        if hello["problem"]:
+            raise ConfigError(f"rank {rank} could not start the store: {hello['problem']}")
+        for field in said:
+            if hello["said"][field] != hellos[0]["said"][field]:
+                raise ConfigError(
+                    f"{field} differs between ranks: rank 0 has {hellos[0]['said'][field]!r}, rank {rank} has "
+                    f"{hello['said'][field]!r}; give every rank the same"
+                )
+    own = _with_store(options, hellos[0]["store"], started)
+    member: Member | None = None
+    try:
+        member = Member(own, on_change, bootstrap.rank)
+        place = {"address": member.endpoint.address, "incarnation": member.incarnation, "host": member.host}
+    except MoeA2AError as error:
+        place = {"problem": str(error)}
+    places = bootstrap.all_gather(place, timeout_s)
+    failed = next((rank for rank, other in enumerate(places) if "problem" in other), None)
+    if failed is not None or member is None:
+        if member is not None:
+            member.close()
+        raise ConfigError(f"rank {failed} could not start: {places[failed or 0].get('problem')}")
+    first = View.of([Endpoint(p["address"], p["incarnation"], p["host"]) for p in places], slots, channels)
+    try:
+        if bootstrap.rank == 0:
+            member.publish(_CHARTER, _encode_charter(said))
+        member.found(first)
+        member.wait(lambda view: view.epoch >= 1)
+        if not member.view.holds(member.rank, member.incarnation):
+            raise ConfigError(
+                f"the store {own.store} holds another group named {own.group!r}; give this one another name"
+            )
+        bootstrap.all_gather(True, timeout_s)
+    except BaseException:
+        member.close()
+        raise
+    return member
+
+
+def join_group(
+    options: MemberOptions,
+    rank: int | None = None,
+    charter: Mapping[str, Any] | None = None,
+    on_change: Callable[[View], None] | None = None,
+) -> Member:
+    """Take a slot of a group that exists: the given one, or the lowest that nobody holds. A member then activates it
+    (`Member.activate`; `wait_active` here); until then the group goes on as if it was not there.
+
+    charter: what this process was given. Raises JoinRefused if it differs from the group's, or if the slot is taken;
+    StoreAway.
+    """
+    member = Member(options, on_change)
+    try:
+        said = member.lookup(_CHARTER)
+        if said is None:
+            raise JoinRefused(f"the store {options.store} knows no group {options.group!r}")
+        _compare(_decode_charter(said), dict(charter or {}))
+        member._reserve(-1 if rank is None else rank)
+    except BaseException:
+        member.close()
+        raise
+    return member
+
+
+def _with_store(options: MemberOptions | None, url: str, keep: bool) -> MemberOptions:
+    if options is None:
+        return MemberOptions(url, keep_store=keep)
+    return replace(options, store=url, keep_store=keep or options.keep_store)
+
+
+def _encode_charter(said: Mapping[str, Any]) -> bytes:
+    data = encode_json(said)
+    if len(data) > _MOST_CHARTER:
+        raise ConfigError(f"the charter takes {len(data)} bytes; allowed are {_MOST_CHARTER}")
+    return data
+
+
+def _decode_charter(data: bytes) -> dict[str, Any]:
+    said = decode_json(data, _MOST_CHARTER, "a charter")
+    if said.get("version") != _CHARTER_VERSION or not isinstance(said.get("charter"), dict):
+        raise JoinRefused("the group runs another version of moe-a2a; install one version on all ranks")
+    found: dict[str, Any] = said["charter"]
+    return found
+
+
+def _compare(group: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    own = json.loads(json.dumps(own))  # tuples are lists in JSON
+    for field in sorted({*group, *own}):
+        if group.get(field) != own.get(field):
+            raise JoinRefused(
+                f"{field} differs: the group has {group.get(field)!r}, this process has {own.get(field)!r}; "
+                "start it with the group's"
+            )

@@ -1,0 +1,345 @@
+"""One rank's membership: the view it goes by, what it proposes, and how it comes and goes."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import secrets
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from moe_a2a.errors import (
+    ConfigError,
+    ExcludedFromView,
+    JoinRefused,
+    MessageError,
+    MoeA2AError,
+    StoreAway,
+)
+from moe_a2a.hosts import own_label
+from moe_a2a.membership.page import Page
+from moe_a2a.membership.registered import PROTOCOL, why_outside
+from moe_a2a.membership.store import check_group, split_url
+from moe_a2a.membership.view import Endpoint, State, View
+from moe_a2a.membership.watcher import Settings, peer_credentials, start_watcher
+from moe_a2a.membership.wire import MAX_REQUEST_BYTES, decode_json, encode_json, encode_view, number, text
+
+_ERRORS: dict[str, type[MoeA2AError]] = {
+    error.__name__: error for error in (ConfigError, ExcludedFromView, JoinRefused, MessageError, StoreAway)
+}
+#: A watcher that gives no sign of life for so long hangs: it is ended, and another one started.
+HANGS_S = 10.0
+_LOOK_S = 1.0
+_START_S = 30.0
+_GOODBYE_S = 2.0
+
+
+@dataclass(frozen=True)
+class MemberOptions:
+    """store: address of the group's store; "" lets `found_group` start one.
+    group: its name there. host: label of this rank's host (None: found out, as
+    Options.host). control_address: address of this machine where its watcher takes messages of other hosts' watchers,
+    as the others reach it; loopback suits one machine only. keep_store: this host's watcher starts the store again if
+    it dies (the store's own machine only). timeout_s: seconds that a call may wait for watcher and store.
+
+    Raises ConfigError.
+    """
+
+    store: str = ""
+    group: str = "default"
+    host: str | None = None
+    control_address: str = "127.0.0.1"
+    keep_store: bool = False
+    timeout_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        if self.store:
+            split_url(self.store)
+        check_group(self.group)
+        if not self.timeout_s > 0:
+            raise ConfigError(f"timeout_s={self.timeout_s!r}; give seconds above 0")
+
+    def settings(self) -> Settings:
+        return Settings(self.store, self.group, own_label(self.host), self.control_address, self.keep_store)
+
+
+class Member:
+    """A process's place in a group. Made by `found_group` or `join_group`; this makes one that has no slot yet.
+
+    on_change: called with every new view, in a thread of this object; the page's words change before that. rank: the
+    slot that it will have; -1 if that is yet to be seen.
+    """
+
+    def __init__(self, options: MemberOptions, on_change: Callable[[View], None] | None = None, rank: int = -1) -> None:
+        if not options.store:
+            raise ConfigError("store is empty; give the address of the group's store")
+        self.options, self._settings = options, options.settings()
+        self.host = self._settings.host
+        self.rank, self.incarnation = rank, _new_incarnation()
+        self.page = Page()
+        self._on_change = on_change
+        self._view: View | None = None
+        self._sequence = 0
+        self._reported = 0
+        self._ids = itertools.count(1)
+        self._answers: dict[int, dict[str, Any]] = {}
+        self._news = threading.Condition()
+        self._connection: socket.socket | None = None
+        self._watcher_pid = 0
+        self._watcher_address = ""
+        self._closed = False
+        self._connect()
+        self._thread = threading.Thread(target=self._listen, name="moe_a2a-member", daemon=True)
+        self._thread.start()
+
+    # what is the case
+
+    @property
+    def view(self) -> View:
+        """The newest view. Raises StoreAway if there has been none."""
+        sequence = self.page.sequence
+        if sequence != self._sequence or sequence % 2:
+            self._view, self._sequence = self.page.read()
+        if self._view is None:
+            raise StoreAway(f"there is no view of group {self.options.group!r} yet")
+        return self._view
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the view cannot change at the moment because the store is away."""
+        return self.page.store_away
+
+    def check(self) -> None:
+        """Raise ExcludedFromView if this process takes no part, by the newest view. Costs a look at one word."""
+        if self.rank < 0 or not self.page.takes_part(self.rank, self.incarnation):
+            raise ExcludedFromView(why_outside(self.view, self.rank, self.incarnation))
+
+    def wait(self, until: Callable[[View], bool], timeout_s: float | None = None) -> View:
+        """Wait for a view that is as wanted. Raises StoreAway if the view is frozen when the time is up, else
+        MoeA2AError."""
+        limit = self.options.timeout_s if timeout_s is None else timeout_s
+        deadline = time.monotonic() + limit
+        with self._news:
+            while True:
+                if self.page.epoch and until(self.view):
+                    return self.view
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    kind = StoreAway if self.frozen else MoeA2AError
+                    raise kind(f"no view came that was waited for within {limit:g} s (epoch {self.page.epoch})")
+                self._news.wait(min(left, 0.1))
+
+    def wait_active(self, timeout_s: float | None = None) -> View:
+        """Wait until a member has activated this one. Raises ExcludedFromView if it was found failed meanwhile."""
+
+        def settled(view: View) -> bool:
+            slot = view.slots[self.rank]
+            return slot.incarnation != self.incarnation or slot.state is not State.READY
+
+        view = self.wait(settled, timeout_s)
+        self.check()
+        return view
+
+    # what it wants
+
+    def propose_failed(self, ranks: Mapping[int, int], evidence: str) -> View:
+        """Propose the view without these ranks, and return the view that has it.
+
+        ranks: rank -> incarnation of the process that failed, as a step began with it (`View.incarnations`): a process
+        that has taken the slot since then is not meant. Raises ExcludedFromView if this rank itself is outside, for
+        instance because the others were faster; StoreAway if the store does not answer.
+        """
+        self._ask("failed", ranks=[list(pair) for pair in ranks.items()], note=evidence[:255])
+        return self.view
+
+    def activate(self, ranks: Mapping[int, int], first: Sequence[int]) -> View:
+        """Let ranks that are ready take part, from these steps of each channel on. Raises JoinRefused if one is not
+        ready, ExcludedFromView, StoreAway."""
+        self._ask("join", ranks=[list(pair) for pair in ranks.items()], steps=list(first))
+        return self.view
+
+    def leave(self, ranks: Mapping[int, int] | None = None, last: Sequence[int] | None = None) -> View:
+        """Take ranks out of the view in order (None: this one): at once, or from the steps `last` of each channel on;
+        then a second call without `last` ends it. Raises ExcludedFromView, StoreAway."""
+        mine = {self.rank: self.incarnation} if ranks is None else ranks
+        steps = None if last is None else list(last)
+        self._ask("leave", ranks=[list(pair) for pair in mine.items()], steps=steps)
+        return self.view
+
+    def refresh(self) -> View:
+        """Look into the store now. Raises StoreAway if it does not answer."""
+        self._ask("look")
+        return self.view
+
+    def publish(self, name: str, value: bytes) -> None:
+        """Put up to 60 kB into the store, where all of the group can find it."""
+        self._ask("put", name=name, value=value.hex())
+
+    def lookup(self, name: str) -> bytes | None:
+        """What was published under a name, if anything."""
+        value = self._ask("find", name=name).get("value")
+        return None if value is None else bytes.fromhex(value)
+
+    def rejoin(self, rank: int | None = None) -> None:
+        """Come back after being excluded: with a new incarnation, in the same slot unless told otherwise. Then a
+        member has to activate it. Raises JoinRefused if the slot is taken."""
+        wanted = self.rank if rank is None else rank
+        self.incarnation = _new_incarnation()
+        self._reserve(wanted)
+
+    def close(self) -> None:
+        """Leave the group if this process is part of it, and let go of page and watcher. May be called twice."""
+        if self._closed:
+            return
+        with contextlib.suppress(MoeA2AError):
+            if self.rank >= 0 and self.page.takes_part(self.rank, self.incarnation):
+                ranks = [[self.rank, self.incarnation]]
+                self._ask("leave", _GOODBYE_S, ranks=ranks, steps=None)
+        with contextlib.suppress(MoeA2AError):
+            self._ask("goodbye", _GOODBYE_S)
+        with self._news:
+            self._closed = True
+            if self._connection is not None:
+                with contextlib.suppress(OSError):
+                    self._connection.shutdown(socket.SHUT_RDWR)
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout=_GOODBYE_S)
+        self.page.close()
+
+    def __enter__(self) -> Member:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    # the watcher
+
+    @property
+    def endpoint(self) -> Endpoint:
+        return Endpoint(self._watcher_address, self.incarnation, self.host)
+
+    def _reserve(self, rank: int) -> None:
+        self.rank = number(self._ask("reserve", rank=rank, incarnation=self.incarnation), "rank", 0, 1023)
+
+    def _connect(self) -> None:
+        """Find this host's watcher, or start it. Raises MoeA2AError."""
+        deadline = time.monotonic() + _START_S
+        started = False
+        while True:
+            connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            try:
+                connection.connect(self._settings.socket_name)
+                break
+            except OSError as error:
+                connection.close()
+                if time.monotonic() > deadline:
+                    raise MoeA2AError(f"the watcher of host {self.host} cannot be reached: {error}") from error
+                if not started:
+                    start_watcher(self._settings)
+                    started = True
+                else:
+                    time.sleep(0.01)
+        pid, uid = peer_credentials(connection)
+        if uid != os.getuid():
+            connection.close()
+            raise MoeA2AError(f"the watcher of host {self.host} belongs to user {uid}; this process to {os.getuid()}")
+        known = self._view.slots[self.rank].endpoint if self._view is not None and self.rank >= 0 else None
+        address = known.address if known is not None and known.host == self.host else ""
+        hello = {"hello": PROTOCOL, "rank": self.rank, "incarnation": self.incarnation, "address": address}
+        try:
+            connection.settimeout(_START_S)
+            socket.send_fds(connection, [encode_json(hello)], [self.page.fd])
+            answer = decode_json(connection.recv(MAX_REQUEST_BYTES), MAX_REQUEST_BYTES, "the watcher's welcome")
+            if "error" in answer:
+                raise _ERRORS.get(str(answer.get("kind")), MoeA2AError)(str(answer["error"]))
+            self._watcher_address = text(answer, "welcome")
+        except (OSError, MessageError) as error:
+            connection.close()
+            raise MoeA2AError(f"the watcher of host {self.host} does not answer: {error}") from error
+        connection.settimeout(_LOOK_S)
+        with self._news:
+            self._connection, self._watcher_pid = connection, pid
+            self._news.notify_all()
+
+    def _listen(self) -> None:
+        while not self._closed:
+            connection = self._connection
+            assert connection is not None
+            try:
+                data = connection.recv(MAX_REQUEST_BYTES)
+            except TimeoutError:
+                if self.page.beat_age_s > HANGS_S:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(self._watcher_pid, signal.SIGKILL)
+                continue
+            except OSError:
+                data = b""
+            if not data:
+                connection.close()
+                if not self._closed:
+                    self._reconnect()
+                continue
+            with contextlib.suppress(MessageError):
+                self._take(decode_json(data, MAX_REQUEST_BYTES, "a message of the watcher"))
+
+    def _reconnect(self) -> None:
+        """The watcher died. Another one takes this rank over; until then nobody sees ranks of this host die."""
+        with self._news:
+            self._connection = None
+        while not self._closed:
+            try:
+                self._connect()
+                return
+            except MoeA2AError:
+                time.sleep(0.5)
+
+    def _take(self, message: dict[str, Any]) -> None:
+        with self._news:
+            if "id" in message:
+                self._answers[number(message, "id")] = message
+            self._news.notify_all()
+        if self._on_change is not None and self.page.epoch > self._reported:
+            view = self.view
+            self._reported = view.epoch
+            self._on_change(view)
+
+    def _ask(self, what: str, timeout_s: float | None = None, **content: Any) -> dict[str, Any]:
+        """Ask the watcher, and ask again if it dies meanwhile: all requests may be made twice."""
+        limit = self.options.timeout_s if timeout_s is None else timeout_s
+        deadline = time.monotonic() + limit
+        asked_of: socket.socket | None = None
+        key = next(self._ids)
+        request = encode_json({"id": key, "ask": what, **content})
+        if len(request) > MAX_REQUEST_BYTES:
+            raise ConfigError(f"{what} takes {len(request)} bytes; allowed are {MAX_REQUEST_BYTES}")
+        if self._closed:
+            raise MoeA2AError("this member is closed; make a new one")
+        with self._news:
+            while key not in self._answers:
+                if self._connection is not None and self._connection is not asked_of:
+                    asked_of = self._connection
+                    with contextlib.suppress(OSError):  # then it has died, and the thread will see
+                        asked_of.send(request)
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise StoreAway(f"{what}: the store {self.options.store} did not answer within {limit:g} s")
+                self._news.wait(min(left, 0.1))
+            answer = self._answers.pop(key)
+        if "error" in answer:
+            raise _ERRORS.get(str(answer.get("kind")), MoeA2AError)(str(answer["error"]))
+        return answer
+
+    def found(self, first: View) -> None:
+        """Put a group's first view into the store. All founders bring the same; any may be first."""
+        self._ask("found", view=encode_view(first).decode())
+
+
+def _new_incarnation() -> int:
+    return secrets.randbits(62) + 1

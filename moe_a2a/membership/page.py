@@ -1,0 +1,143 @@
+"""A rank's page of shared memory in which its host's watcher keeps the group's view.
+
+The rank makes it (anonymous memory, no name) and hands it to the watcher; the watcher alone writes. So a wait can look
+at one word, without a lock, a system call or a thread that has to be scheduled first. The page stays where it is when
+the watcher dies and another one takes over.
+
+64-bit words: magic, sequence (odd while the view is being written), epoch, flags, time of the watcher's last sign of
+life, length of the view; from `FIRST_SLOT` one word per slot with the incarnation that takes part, or 0; then one per
+slot with the incarnation that is known to be dead, or 0; then the view's bytes. Order of stores is x86-64's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import mmap
+import os
+import time
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_a2a.errors import MessageError, MoeA2AError
+from moe_a2a.membership.view import MAX_RANKS, View
+from moe_a2a.membership.wire import MAX_VIEW_BYTES, decode_view
+
+_MAGIC = 0x6D6F655F61326131
+_VERSION_WORD, _SEQUENCE, _EPOCH, _FLAGS, _BEAT, _LENGTH = range(6)
+FIRST_SLOT = 16
+FIRST_DEAD = FIRST_SLOT + MAX_RANKS
+_VIEW_BYTE = 8 * (FIRST_DEAD + MAX_RANKS)
+PAGE_BYTES = _VIEW_BYTE + MAX_VIEW_BYTES
+STORE_AWAY = 1
+_TRIES = 10_000
+
+
+class Page:
+    """words: int64 numpy over the page's words."""
+
+    def __init__(self, fd: int | None = None) -> None:
+        """fd: of another process's page, which this object takes over. Raises MoeA2AError if it is none."""
+        made = fd is None
+        if fd is None:
+            fd = os.memfd_create("moe_a2a_view", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            os.ftruncate(fd, PAGE_BYTES)
+            # A page that shrank would kill whoever looks at it.
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        self.fd = fd
+        try:
+            if os.fstat(fd).st_size != PAGE_BYTES or not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
+                raise MoeA2AError("the descriptor is not a page of this version of moe-a2a")
+            self._map = mmap.mmap(fd, PAGE_BYTES)
+        except (OSError, ValueError) as error:
+            raise MoeA2AError(f"cannot map a page of views: {error}") from error
+        self.words: npt.NDArray[np.int64] = np.frombuffer(self._map, dtype=np.int64, count=_VIEW_BYTE // 8)
+        if made:
+            self.words[_VERSION_WORD] = _MAGIC
+        elif self.words[_VERSION_WORD] != _MAGIC:
+            raise MoeA2AError("the descriptor is not a page of this version of moe-a2a")
+
+    # the watcher's side
+
+    def write(self, view: View, data: bytes) -> None:
+        """Publish a view, of which `data` is `encode_view`: first the words that waits look at, then the whole. Whoever
+        has seen a word change reads a view of at least that epoch."""
+        words = np.zeros(MAX_RANKS, dtype=np.int64)
+        words[: view.max_ranks] = [slot.incarnation if slot.takes_part else 0 for slot in view.slots]
+        sequence = int(self.words[_SEQUENCE]) | 1
+        self.words[_SEQUENCE] = sequence
+        self.words[FIRST_SLOT:FIRST_DEAD] = words
+        self._map[_VIEW_BYTE : _VIEW_BYTE + len(data)] = data
+        self.words[_LENGTH] = len(data)
+        self.words[_EPOCH] = view.epoch
+        self.words[_SEQUENCE] = sequence + 1
+
+    def mark_dead(self, rank: int, incarnation: int) -> None:
+        """Say that a process is gone for certain, before the group has agreed on a view without it."""
+        self.words[FIRST_DEAD + rank] = incarnation
+
+    def beat(self, store_away: bool) -> None:
+        """A sign of life, and whether the view is frozen."""
+        self.words[_FLAGS] = STORE_AWAY if store_away else 0
+        self.words[_BEAT] = time.monotonic_ns()
+
+    # the rank's side
+
+    @property
+    def epoch(self) -> int:
+        """0 before the first view."""
+        return int(self.words[_EPOCH])
+
+    @property
+    def sequence(self) -> int:
+        """Changes with every view, before its words do; odd while it is being written."""
+        return int(self.words[_SEQUENCE])
+
+    @property
+    def store_away(self) -> bool:
+        return bool(self.words[_FLAGS] & STORE_AWAY)
+
+    @property
+    def beat_age_s(self) -> float:
+        """Seconds since the watcher's last sign of life; 0 if it has not begun."""
+        last = int(self.words[_BEAT])
+        return (time.monotonic_ns() - last) / 1e9 if last else 0.0
+
+    def takes_part(self, rank: int, incarnation: int) -> bool:
+        """Whether this process takes part, by the newest view."""
+        return int(self.words[FIRST_SLOT + rank]) == incarnation
+
+    def is_dead(self, rank: int, incarnation: int) -> bool:
+        """Whether this process is gone for certain."""
+        return int(self.words[FIRST_DEAD + rank]) == incarnation
+
+    @property
+    def whole(self) -> bool:
+        """Whether it holds a view, and not one that a watcher left half written."""
+        sequence = int(self.words[_SEQUENCE])
+        return sequence != 0 and sequence % 2 == 0
+
+    def read(self) -> tuple[View | None, int]:
+        """The newest view, None before the first, and its sequence. Raises MessageError if the page is broken."""
+        for attempt in range(_TRIES):
+            before = int(self.words[_SEQUENCE])
+            if before == 0:
+                return None, 0
+            if before % 2 == 0:
+                length = int(self.words[_LENGTH])
+                data = self._map[_VIEW_BYTE : _VIEW_BYTE + min(length, MAX_VIEW_BYTES)]
+                if int(self.words[_SEQUENCE]) == before:
+                    return decode_view(data), before
+            if attempt > 10:
+                time.sleep(1e-4)
+        raise MessageError("the page's view is half written, and stays so: its watcher died while it wrote")
+
+    def address(self) -> int:
+        """Of the first word, for those that map it elsewhere (pinned memory)."""
+        return ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+        self.fd = -1

@@ -1,0 +1,349 @@
+"""A host's watcher: the process that sees ranks die and keeps the view in their pages (DESIGN.md D6).
+
+It has a session of its own and is nobody's child. Ranks talk to it over an abstract Unix socket, whose name follows
+from store, group and host label, so that one watcher runs for each. It ends when its last rank is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import queue
+import selectors
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+
+from moe_a2a.errors import ConfigError, MessageError, MoeA2AError
+from moe_a2a.membership.control import Channel, Died, Message, NewView
+from moe_a2a.membership.daemon import detach, log_file, settle, shared_secret
+from moe_a2a.membership.link import StoreLink
+from moe_a2a.membership.registered import Registered
+from moe_a2a.membership.store import change
+from moe_a2a.membership.view import View, mark_failed, move_watcher
+from moe_a2a.membership.wire import decode_json, encode_json, encode_view
+
+_log = logging.getLogger(__name__)
+
+#: Seconds without a rank after which a watcher ends, and those that it waits for the first.
+LINGER_S, FIRST_S = 5.0, 60.0
+BEAT_S = 0.2
+#: What another host saw is proposed here too, if its own proposal has not come through by then.
+SECOND_HAND_S = 0.05
+_MOST_RANKS = 1024
+_CREDENTIALS = struct.Struct("3i")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a watcher is started with. control_address: where it takes messages of other hosts' watchers; loopback
+    unless told otherwise. keep_store: start the store again if it dies."""
+
+    store: str
+    group: str
+    host: str
+    control_address: str = "127.0.0.1"
+    keep_store: bool = False
+
+    @property
+    def socket_name(self) -> str:
+        said = json.dumps([os.getuid(), self.store, self.group, self.host])
+        return "\0moe_a2a-watcher-" + hashlib.sha256(said.encode()).hexdigest()[:24]
+
+
+def peer_credentials(connection: socket.socket) -> tuple[int, int]:
+    """(process id, user id) of the other end, from the kernel. The id is 0 if it is in another pid namespace."""
+    pid, uid, _ = _CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+    return pid, uid
+
+
+def start_watcher(settings: Settings) -> None:
+    """Start a host's watcher, unless it runs. Returns at once: whoever connects waits for it."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "moe_a2a.membership.watcher"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    process.communicate(json.dumps(asdict(settings)).encode())
+    if process.returncode != 0:
+        raise MoeA2AError(f"the watcher of host {settings.host} did not start (its error is above)")
+
+
+class Watcher:
+    def __init__(self, settings: Settings, listener: socket.socket, secret: bytes) -> None:
+        self.settings, self._listener, self._secret = settings, listener, secret
+        self.view: View | None = None
+        self._encoded = b""
+        self.channel: Channel | None = None
+        self._ranks: dict[int, Registered] = {}  # by descriptor of the connection
+        self._dead: dict[tuple[int, int], tuple[str, float]] = {}  # (rank, incarnation) -> why, and when to propose
+        self._proposing = False
+        self._posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._selector = selectors.DefaultSelector()
+        self._wake_r, self._wake_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._selector.register(listener, selectors.EVENT_READ, self._accept)
+        self._selector.register(self._wake_r, selectors.EVENT_READ, self._run_posted)
+        self._last_user, self._allowed = time.monotonic(), FIRST_S
+        self.link = StoreLink(
+            settings.store,
+            settings.group,
+            settings.host,
+            self.post,
+            lambda: self.view,
+            self.adopt,
+            self._silent,
+            settings.keep_store,
+        )
+
+    def post(self, work: Callable[[], None]) -> None:
+        """Run a function in this loop; from any thread."""
+        self._posted.put(work)
+        with contextlib.suppress(BlockingIOError):
+            os.write(self._wake_w, b"x")
+
+    def run(self) -> None:
+        """Until the last rank is gone."""
+        beat = 0.0
+        while True:
+            now = time.monotonic()
+            if now - beat >= BEAT_S:
+                beat = now
+                for rank in self._ranks.values():
+                    rank.page.beat(self.link.away)
+            if self._ranks:
+                self._last_user, self._allowed = now, LINGER_S
+            elif now - self._last_user > self._allowed:
+                return
+            for key, _ in self._selector.select(SECOND_HAND_S if self._dead else BEAT_S):
+                key.data()
+            self._propose()
+
+    def _run_posted(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._wake_r, 4096)
+        while not self._posted.empty():
+            self._posted.get()()
+
+    # views
+
+    def adopt(self, view: View, ours: bool = False) -> None:
+        """Take over a newer view: into the pages first, then tell the ranks and, if it was made here, the others."""
+        before = self.view
+        if before is not None and view.epoch <= before.epoch:
+            return
+        self.view, self._encoded = view, encode_view(view)
+        for rank in self._ranks.values():
+            rank.page.write(view, self._encoded)
+        if ours:
+            addresses = set(view.watchers().values())
+            if before is not None:
+                addresses |= set(before.watchers().values())
+            self._tell(addresses, view)
+        for rank in list(self._ranks.values()):
+            rank.send({"epoch": view.epoch})
+        self._dead = {key: value for key, value in self._dead.items() if self._matters(*key)}
+        if self.channel is not None:
+            self._check_address(view, self.channel.address)
+
+    def _check_address(self, view: View, address: str) -> None:
+        host = self.settings.host
+        if view.watchers().get(host, address) != address:
+            self.link.submit(lambda store: change(store, lambda v: move_watcher(v, host, address)), self._changed)
+
+    def _changed(self, view: View | None, error: Exception | None) -> None:
+        if view is not None:
+            self.adopt(view, ours=True)
+        elif error is not None:
+            _log.info("a change did not come through: %s", error)
+
+    # deaths
+
+    def _matters(self, rank: int, incarnation: int) -> bool:
+        """Whether the view still counts on a process."""
+        view = self.view
+        if view is None or not 0 <= rank < view.max_ranks:
+            return False
+        slot = view.slots[rank]
+        return slot.incarnation == incarnation and slot.state.value in ("ready", "active", "leaving")
+
+    def died(self, ranks: Mapping[int, int], note: str) -> None:
+        """Processes of this host are gone: the ranks of all hosts may know at once, and the view follows."""
+        ranks = {rank: incarnation for rank, incarnation in ranks.items() if self._matters(rank, incarnation)}
+        if not ranks or self.view is None:
+            return
+        _log.info("ranks %s: %s", sorted(ranks), note)
+        self._mark(ranks, note, 0.0)
+        self._tell(set(self.view.watchers().values()), Died(dict(ranks), note), next(iter(ranks.items())))
+
+    def _mark(self, ranks: Mapping[int, int], note: str, delay_s: float) -> None:
+        due = time.monotonic() + delay_s
+        for rank, incarnation in ranks.items():
+            self._dead.setdefault((rank, incarnation), (note, due))
+            for registered in self._ranks.values():
+                registered.page.mark_dead(rank, incarnation)
+
+    def _silent(self, hosts: tuple[str, ...]) -> None:
+        """The store says that these hosts' leases have ended."""
+        if self.view is not None:
+            gone = {
+                rank: slot.incarnation
+                for rank, slot in enumerate(self.view.slots)
+                if slot.endpoint and slot.endpoint.host in hosts and slot.endpoint.host != self.settings.host
+            }
+            due = time.monotonic()
+            for rank, incarnation in gone.items():
+                if self._matters(rank, incarnation):
+                    self._dead.setdefault((rank, incarnation), ("its host's lease has ended", due))
+
+    def _propose(self) -> None:
+        """Propose the view without those that are dead; again and again while the store is away."""
+        now = time.monotonic()
+        due = {key: note for key, (note, at) in self._dead.items() if at <= now}
+        if not due or self._proposing or self.view is None:
+            return
+        known = self.view
+
+        def without(view: View) -> View:
+            for note in dict.fromkeys(due.values()):
+                view = mark_failed(view, {r: i for (r, i), why in due.items() if why == note}, note)
+            return view
+
+        def done(view: View | None, error: Exception | None) -> None:
+            self._proposing = False
+            self._changed(view, error)
+            if error is not None:  # again, a little later
+                later = time.monotonic() + 2 * SECOND_HAND_S
+                self._dead.update({key: (note, later) for key, note in due.items() if key in self._dead})
+
+        self._proposing = True
+        self.link.submit(lambda store: change(store, without, known), done)
+
+    # other hosts
+
+    def open_channel(self, address: str) -> Channel:
+        """Where this host takes messages; at the port that its ranks' endpoints already name, if it can be had."""
+        if self.channel is None:
+            host = self.settings.control_address
+            known, _, port = address.rpartition(":")
+            try:
+                self.channel = Channel(host, int(port) if known.strip("[]") == host else 0, self._secret)
+            except ConfigError:
+                self.channel = Channel(host, 0, self._secret)
+            self._selector.register(self.channel.socket, selectors.EVENT_READ, self._hear)
+        return self.channel
+
+    def _tell(self, addresses: set[str], content: View | Died, sender: tuple[int, int] | None = None) -> None:
+        """sender: (rank, incarnation) in whose name; None for any rank of this host."""
+        if sender is None:
+            sender = next(((r.rank, r.incarnation) for r in self._ranks.values() if r.rank >= 0), None)
+        if sender is not None and self.channel is not None:
+            said = NewView(content) if isinstance(content, View) else content
+            self.channel.tell(addresses, Message(self.settings.group, *sender, said))
+
+    def _hear(self) -> None:
+        assert self.channel is not None
+        message = self.channel.heard()
+        if isinstance(message, MessageError):
+            _log.warning("ignored %s", message)
+        elif message is not None and message.group == self.settings.group:
+            if not self._matters(message.rank, message.incarnation):
+                _log.info("ignored a message of rank %d, which is outside the view", message.rank)
+            elif isinstance(message.content, Died):
+                known = {r: i for r, i in message.content.ranks.items() if self._matters(r, i)}
+                self._mark(known, message.content.note, SECOND_HAND_S)
+            else:
+                self.adopt(message.content.view)
+
+    # ranks of this host
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            connection, _ = self._listener.accept()
+            pid, uid = peer_credentials(connection)
+            if uid != os.getuid() or len(self._ranks) >= _MOST_RANKS:
+                connection.close()
+            else:
+                self._selector.register(connection, selectors.EVENT_READ, lambda: self._greet(connection, pid))
+
+    def _greet(self, connection: socket.socket, pid: int) -> None:
+        self._selector.unregister(connection)
+        try:
+            rank = Registered(connection, pid)
+            channel = self.open_channel(rank.address)
+        except MoeA2AError as error:
+            _log.warning("refused process %d: %s", pid, error)
+            with contextlib.suppress(OSError):
+                connection.send(encode_json({"error": str(error), "kind": type(error).__name__}))
+            connection.close()
+            return
+        self._ranks[connection.fileno()] = rank
+        self._selector.register(connection, selectors.EVENT_READ, lambda: self._serve(rank))
+        if rank.pidfd >= 0:
+            self._selector.register(rank.pidfd, selectors.EVENT_READ, lambda: self._lose(rank))
+        held = rank.page.read()[0] if rank.page.whole else None  # of a watcher before this one
+        if self.view is not None:
+            rank.page.write(self.view, self._encoded)
+        rank.page.beat(self.link.away)
+        rank.send({"welcome": channel.address})
+        if held is not None:
+            self.adopt(held)
+
+    def _serve(self, rank: Registered) -> None:
+        request = rank.receive()
+        if request is None:
+            if rank.said_goodbye:
+                self._forget(rank)
+            elif rank.pidfd < 0:
+                self._lose(rank)
+            else:  # its process is ending; or it let go of the connection and lives, and will come again
+                self._selector.unregister(rank.connection)
+            return
+        rank.handle(request, self)
+
+    def _lose(self, rank: Registered) -> None:
+        if rank not in self._ranks.values():  # it said goodbye a moment ago
+            return
+        self._forget(rank)
+        self.died({rank.rank: rank.incarnation}, "its process is gone")
+
+    def _forget(self, rank: Registered) -> None:
+        for file in (rank.connection, rank.pidfd):
+            with contextlib.suppress(KeyError, ValueError):
+                self._selector.unregister(file)
+        self._ranks = {fd: other for fd, other in self._ranks.items() if other is not rank}
+        rank.close()
+
+
+def main() -> None:
+    """Reads its settings as JSON from standard input."""
+    settings = Settings(**decode_json(sys.stdin.buffer.read(), 65536, "settings"))
+    secret = shared_secret()
+    log = log_file(f"watcher-{settings.group}-{hashlib.sha256(settings.host.encode()).hexdigest()[:8]}")
+    say = detach()
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        listener.bind(settings.socket_name)
+    except OSError:  # this host has its watcher already
+        os.write(say, b"running\n")
+        return
+    listener.listen(_MOST_RANKS)  # from here on, ranks know this process by its connection
+    listener.setblocking(False)
+    settle(say, "started\n", log)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    _log.info("watching host %s, group %s, store %s", settings.host, settings.group, settings.store)
+    Watcher(settings, listener, secret).run()
+    os._exit(0)  # threads may be waiting for the store, and have nothing to finish
+
+
+if __name__ == "__main__":
+    main()
