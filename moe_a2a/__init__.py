@@ -13,7 +13,18 @@ if TYPE_CHECKING:
     from moe_a2a.all_to_all import AllToAll
     from moe_a2a.bootstrap import KeyValue
     from moe_a2a.config import Config, Options
-    from moe_a2a.errors import ConfigError, EngineError, HandleError, InputError, MoeA2AError, RankLost
+    from moe_a2a.elastic.options import Elastic
+    from moe_a2a.errors import (
+        ConfigError,
+        EngineError,
+        ExcludedFromView,
+        HandleError,
+        InputError,
+        JoinRefused,
+        MoeA2AError,
+        RankLost,
+        StoreAway,
+    )
     from moe_a2a.permutation import permute, unpermute
     from moe_a2a.permuted import Permuted, worst_case_rows
     from moe_a2a.types import Contiguous, Grouped, Handle, Masked
@@ -25,17 +36,21 @@ __all__ = [
     "Config",
     "ConfigError",
     "Contiguous",
+    "Elastic",
     "EngineError",
+    "ExcludedFromView",
     "Grouped",
     "Handle",
     "HandleError",
     "InputError",
+    "JoinRefused",
     "KeyValue",
     "Masked",
     "MoeA2AError",
     "Options",
     "Permuted",
     "RankLost",
+    "StoreAway",
     "permute",
     "unpermute",
     "worst_case_rows",
@@ -45,7 +60,18 @@ _MODULES = {
     "all_to_all": ["AllToAll"],
     "bootstrap": ["KeyValue"],
     "config": ["Config", "Options"],
-    "errors": ["ConfigError", "EngineError", "HandleError", "InputError", "MoeA2AError", "RankLost"],
+    "elastic.options": ["Elastic"],
+    "errors": [
+        "ConfigError",
+        "EngineError",
+        "ExcludedFromView",
+        "HandleError",
+        "InputError",
+        "JoinRefused",
+        "MoeA2AError",
+        "RankLost",
+        "StoreAway",
+    ],
     "permutation": ["permute", "unpermute"],
     "permuted": ["Permuted", "worst_case_rows"],
     "types": ["Contiguous", "Grouped", "Handle", "Masked"],
