@@ -48,7 +48,10 @@ def rank_main(rank: int, world: int, host: str, url: str, boot: tuple[str, int] 
             member.close()
             return
         if order == "watch":
-            pipe.send(_watch(member, *given))
+            victim, incarnation = given
+            member.wait(lambda view, who=(victim, incarnation): view.holds(*who))  # type: ignore[misc]
+            pipe.send("ready")
+            pipe.send(_watch(member, victim, incarnation, time.monotonic()))
         elif order == "activate":
             member.activate({given[0]: given[1]}, [0])
             pipe.send(time.monotonic())
@@ -133,7 +136,8 @@ def measure(ranks: int, hosts: int, kills: int, url: str, seed: int) -> dict[str
             victim = choose.randrange(ranks)
             others = [rank for rank in range(ranks) if rank != victim]
             for rank in others:
-                group.pipes[rank].send(("watch", victim, group.incarnations[victim], time.monotonic()))
+                group.pipes[rank].send(("watch", victim, group.incarnations[victim]))
+            assert [group.hear(rank) for rank in others] == ["ready"] * len(others)
             time.sleep(choose.uniform(0.02, 0.06))
             killed = time.monotonic()
             os.kill(group.processes[victim].pid, signal.SIGKILL)

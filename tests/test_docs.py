@@ -96,7 +96,7 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
 def commands(page: Path) -> list[str]:
     """What a page calls `moe-a2a ...` with, in code spans and blocks, with continued lines joined."""
     text = page.read_text().replace("\\\n", " ")
-    return re.findall(r"moe-a2a ((?:bench|doctor)\b[^\n`|]*)", text)
+    return re.findall(r"moe-a2a ((?:bench|doctor|members|store)\b[^\n`|]*)", text)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shlex
 import subprocess
 from pathlib import Path
 from types import ModuleType
@@ -204,3 +205,36 @@ def test_make_names_an_interpreter_that_is_not_there() -> None:
     )
     assert result.returncode != 0
     assert "no-such-python is not on PATH" in result.stderr
+
+
+def test_etcd_is_unpacked_into_the_environment_and_not_installed(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen: list[list[str]] = []
+
+    def succeeds(command: list[str]) -> bool:
+        seen.append(command)
+        if command[0] == "sh":
+            (Path(shlex.split(command[2])[1]) / "etcd-server_1_amd64.deb").touch()
+        return True
+
+    monkeypatch.setattr(script, "succeeds", succeeds)
+    monkeypatch.setattr(script.shutil, "which", lambda name: None if name == "etcd" else f"/usr/bin/{name}")
+    script.bring_etcd(tmp_path)
+    assert seen[0][2].endswith("apt-get download -qq etcd-server")
+    assert seen[1][:2] == ["dpkg-deb", "-x"] and seen[1][3] == str(tmp_path / "etcd")
+    (tmp_path / script.ETCD).parent.mkdir(parents=True)
+    (tmp_path / script.ETCD).touch()
+    seen.clear()
+    script.bring_etcd(tmp_path)
+    assert seen == []
+
+
+def test_without_etcd_the_set_up_goes_on(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(script, "succeeds", lambda command: False)
+    monkeypatch.setattr(script.os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(script.shutil, "which", lambda name: None if name == "etcd" else f"/usr/bin/{name}")
+    script.bring_etcd(tmp_path)
+    assert "tests of etcd will be skipped" in capsys.readouterr().out

@@ -17,6 +17,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,6 +33,8 @@ SYSTEM_LIBRARIES = {
 }
 # The RDMA drivers of libibverbs. The engine does not link to them, and TCP works without.
 PROVIDERS = "ibverbs-providers"
+# Where the program lies in .venv for the tests of the membership store.
+ETCD = Path("etcd") / "usr" / "bin" / "etcd"
 
 
 class SetupError(Exception):
@@ -212,6 +215,21 @@ def install_package(inside: str) -> None:
         raise SetupError("the Transfer Engine is installed but does not load; .venv/bin/moe-a2a doctor says why")
 
 
+def bring_etcd(venv: Path) -> None:
+    """Put etcd's program into .venv for the tests, unless there is one. It is unpacked from Debian's package and not
+    installed: the package would start a service. Without it those tests are skipped, and say so."""
+    if shutil.which("etcd") or (venv / ETCD).exists() or not shutil.which("apt-get") or not shutil.which("dpkg-deb"):
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        download = ["sh", "-c", f"cd {shlex.quote(folder)} && apt-get download -qq etcd-server"]
+        if not succeeds(download) and is_root():
+            subprocess.call(["apt-get", "update", "-qq"], stdout=subprocess.DEVNULL)
+            succeeds(download)
+        found = glob.glob(f"{folder}/*.deb")
+        if not found or not succeeds(["dpkg-deb", "-x", found[0], str(venv / ETCD.parts[0])]):
+            say("Debian's etcd-server cannot be had; tests of etcd will be skipped")
+
+
 def stamp_key(python: str) -> str:
     digest = hashlib.sha256()
     for file in (ROOT / "pyproject.toml", Path(__file__)):
@@ -233,6 +251,7 @@ def main() -> int:
         inside = ensure_venv(python, venv)
         ensure_torch(inside)
         install_package(inside)
+        bring_etcd(venv)
         stamp.write_text(key)
     except SetupError as error:
         print(f"setup: {error}", file=sys.stderr)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from moe_a2a.errors import MessageError, MoeA2AError, StoreAway
+from moe_a2a.errors import MoeA2AError, StoreAway
 from moe_a2a.membership.store import BEAT_S, Store, open_store, recall, split_url
 from moe_a2a.membership.store_process import start_store
 from moe_a2a.membership.view import View
@@ -102,8 +102,8 @@ class StoreLink:
                     self._revive()
                 time.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE_S)
-            except MessageError as error:
-                _log.error("the store holds what this version cannot read: %s", error)
+            except Exception:  # what the store holds or says may be anything; without this thread nothing comes in
+                _log.exception("the store cannot be used")
                 self._connected = False
                 time.sleep(_LONGEST_PAUSE_S)
 

@@ -35,7 +35,7 @@ _ERRORS: dict[str, type[MoeA2AError]] = {
     error.__name__: error for error in (ConfigError, ExcludedFromView, JoinRefused, MessageError, StoreAway)
 }
 #: A watcher that gives no sign of life for so long hangs: it is ended, and another one started.
-HANGS_S = 10.0
+HANGS_S = 5.0
 _LOOK_S = 1.0
 _START_S = 30.0
 _GOODBYE_S = 2.0

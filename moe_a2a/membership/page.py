@@ -6,7 +6,8 @@ the watcher dies and another one takes over.
 
 64-bit words: magic, sequence (odd while the view is being written), epoch, flags, time of the watcher's last sign of
 life, length of the view; from `FIRST_SLOT` one word per slot with the incarnation that takes part, or 0; then one per
-slot with the incarnation that is known to be dead, or 0; then the view's bytes. Order of stores is x86-64's.
+slot with the incarnation that is known to be dead, or 0; then three per slot with incarnation, process id and time of
+start of the processes that this watcher watches, for the next one; then the view's bytes. Order of stores is x86-64's.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import fcntl
 import mmap
 import os
 import time
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -28,10 +30,43 @@ _MAGIC = 0x6D6F655F61326131
 _VERSION_WORD, _SEQUENCE, _EPOCH, _FLAGS, _BEAT, _LENGTH = range(6)
 FIRST_SLOT = 16
 FIRST_DEAD = FIRST_SLOT + MAX_RANKS
-_VIEW_BYTE = 8 * (FIRST_DEAD + MAX_RANKS)
+_FIRST_PROCESS = FIRST_DEAD + MAX_RANKS
+_VIEW_BYTE = 8 * (_FIRST_PROCESS + 3 * MAX_RANKS)
 PAGE_BYTES = _VIEW_BYTE + MAX_VIEW_BYTES
 STORE_AWAY = 1
 _TRIES = 10_000
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process that held a slot. started: its time of start, which tells it from a later one with its number."""
+
+    incarnation: int
+    pid: int
+    started: int
+
+    @classmethod
+    def of(cls, incarnation: int, pid: int) -> Process:
+        return cls(incarnation, pid, _started(pid))
+
+    def open(self) -> int:
+        """A descriptor that tells of its end (pidfd); -1 if it has ended."""
+        try:
+            fd = os.pidfd_open(self.pid)
+        except OSError:
+            return -1
+        if _started(self.pid) == self.started:
+            return fd
+        os.close(fd)
+        return -1
+
+
+def _started(pid: int) -> int:
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as f:
+            return int(f.read().rpartition(b")")[2].split()[19])
+    except OSError:
+        return 0
 
 
 class Page:
@@ -76,6 +111,16 @@ class Page:
     def mark_dead(self, rank: int, incarnation: int) -> None:
         """Say that a process is gone for certain, before the group has agreed on a view without it."""
         self.words[FIRST_DEAD + rank] = incarnation
+
+    def set_process(self, rank: int, process: Process) -> None:
+        """Remember which process has a slot, for a watcher that comes after this one."""
+        first = _FIRST_PROCESS + 3 * rank
+        self.words[first : first + 3] = (process.incarnation, process.pid, process.started)
+
+    def processes(self) -> dict[int, Process]:
+        """rank -> what was remembered."""
+        words = self.words[_FIRST_PROCESS:].reshape(MAX_RANKS, 3)
+        return {int(rank): Process(*map(int, words[rank])) for rank in words[:, 0].nonzero()[0]}
 
     def beat(self, store_away: bool) -> None:
         """A sign of life, and whether the view is frozen."""

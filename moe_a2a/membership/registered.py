@@ -154,6 +154,7 @@ class Registered:
         def keep(view: View) -> dict[str, Any]:
             rank = next(r for r, slot in enumerate(view.slots) if slot.incarnation == incarnation)
             self.rank, self.incarnation = rank, incarnation
+            watcher.share_processes()
             return {"rank": rank}
 
         submit(lambda store: change(store, take), keep)

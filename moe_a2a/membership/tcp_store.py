@@ -19,7 +19,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from moe_a2a.errors import ConfigError, StoreAway
+from moe_a2a.errors import ConfigError, MessageError, StoreAway
 from moe_a2a.membership.store import MAX_VALUE_BYTES
 from moe_a2a.membership.view import View
 from moe_a2a.membership.wire import decode_view, encode_view
@@ -100,7 +100,10 @@ class TcpStore:
     def find(self, name: str) -> bytes | None:
         key = f"{self._prefix}value/{name}"
         data = self._calls.call(lambda client: client.get(key) if client.check([key]) else None)
-        return None if data is None else bytes.fromhex(data.decode())
+        try:
+            return None if data is None else bytes.fromhex(data.decode())
+        except ValueError as error:
+            raise MessageError(f"{name} in the store {self.url} was not put there by this version: {error}") from error
 
     def announce(self, host: str) -> None:
         """A TCPStore has no leases. It would not outlive its machine anyway."""
@@ -125,7 +128,7 @@ class TcpStore:
         view: View | None = None
         while True:
             if epoch == 0 and client.check([self._head]):
-                epoch = int(client.get(self._head))
+                epoch = _number(client.get(self._head))
             key = self._key(epoch)
             if not client.check([key]):
                 return view
@@ -139,7 +142,7 @@ class TcpStore:
     def _advance_head(self, client: dist.TCPStore, epoch: int) -> None:
         """Let readers begin at the view that came after `epoch`, unless they begin later already."""
         holds = client.compare_set(self._head, "", str(epoch))
-        while int(holds) < epoch:
+        while _number(holds) < epoch:
             holds = client.compare_set(self._head, holds.decode(), str(epoch))
 
 
@@ -171,11 +174,16 @@ class _Connection:
     def _connect(self) -> dist.TCPStore:
         # torch tries again and again, for longer than its time limit: ask first.
         socket.create_connection((self._host, self._port), timeout=_CONNECT_S).close()
+        # torch reads an answer without a time limit: a store that hangs would hang its users for ever.
         before = _sockets_to(self._port)
-        timeout = timedelta(seconds=_CONNECT_S)
-        client = dist.TCPStore(self._host, self._port, is_master=False, timeout=timeout, wait_for_workers=False)
+        patience = threading.Timer(_CONNECT_S, lambda: _hang_up(_sockets_to(self._port) - before))
+        patience.start()
+        try:
+            timeout = timedelta(seconds=_CONNECT_S)
+            client = dist.TCPStore(self._host, self._port, is_master=False, timeout=timeout, wait_for_workers=False)
+        finally:
+            patience.cancel()
         for fd in _sockets_to(self._port) - before:
-            # torch reads an answer without a time limit: a store that hangs would hang its users for ever.
             with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as connection:
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEVAL.pack(int(_ANSWER_S), 0))
         return client
@@ -183,6 +191,12 @@ class _Connection:
     def drop(self) -> None:
         with self._lock:
             self._client = None
+
+
+def _number(data: bytes) -> int:
+    if not data.isdigit():
+        raise MessageError(f"the store holds {data[:40]!r} where the number of an epoch belongs")
+    return int(data)
 
 
 def _sockets_to(port: int) -> set[int]:
@@ -197,3 +211,10 @@ def _sockets_to(port: int) -> set[int]:
                     if isinstance(peer, tuple) and peer[1] == port:
                         found.add(fd)
     return found
+
+
+def _hang_up(fds: set[int]) -> None:
+    """End connections under whoever waits for them."""
+    for fd in fds:
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as connection:
+            connection.shutdown(socket.SHUT_RDWR)

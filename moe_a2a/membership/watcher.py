@@ -21,11 +21,13 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 
 from moe_a2a.errors import ConfigError, MessageError, MoeA2AError
 from moe_a2a.membership.control import Channel, Died, Message, NewView
 from moe_a2a.membership.daemon import detach, log_file, settle, shared_secret
 from moe_a2a.membership.link import StoreLink
+from moe_a2a.membership.page import Page, Process
 from moe_a2a.membership.registered import Registered
 from moe_a2a.membership.store import change
 from moe_a2a.membership.view import View, mark_failed, move_watcher
@@ -39,6 +41,7 @@ BEAT_S = 0.2
 #: What another host saw is proposed here too, if its own proposal has not come through by then.
 SECOND_HAND_S = 0.05
 _MOST_RANKS = 1024
+_GONE = "its process is gone"
 _CREDENTIALS = struct.Struct("3i")
 
 
@@ -85,7 +88,10 @@ class Watcher:
         self._encoded = b""
         self.channel: Channel | None = None
         self._ranks: dict[int, Registered] = {}  # by descriptor of the connection
-        self._dead: dict[tuple[int, int], tuple[str, float]] = {}  # (rank, incarnation) -> why, and when to propose
+        # (rank, incarnation) -> why, and when to propose. Kept: a store that lost its data may bring an old view back.
+        self._dead: dict[tuple[int, int], tuple[str, float]] = {}
+        self._sender: tuple[int, int] | None = None  # (rank, incarnation) in whose name the others are told
+        self._inherited: set[int] = set()  # incarnations
         self._proposing = False
         self._posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._selector = selectors.DefaultSelector()
@@ -123,7 +129,8 @@ class Watcher:
                 self._last_user, self._allowed = now, LINGER_S
             elif now - self._last_user > self._allowed:
                 return
-            for key, _ in self._selector.select(SECOND_HAND_S if self._dead else BEAT_S):
+            pending = any(self._matters(*key) for key in self._dead)
+            for key, _ in self._selector.select(SECOND_HAND_S if pending else BEAT_S):
                 key.data()
             self._propose()
 
@@ -150,7 +157,6 @@ class Watcher:
             self._tell(addresses, view)
         for rank in list(self._ranks.values()):
             rank.send({"epoch": view.epoch})
-        self._dead = {key: value for key, value in self._dead.items() if self._matters(*key)}
         if self.channel is not None:
             self._check_address(view, self.channel.address)
 
@@ -182,7 +188,8 @@ class Watcher:
             return
         _log.info("ranks %s: %s", sorted(ranks), note)
         self._mark(ranks, note, 0.0)
-        self._tell(set(self.view.watchers().values()), Died(dict(ranks), note), next(iter(ranks.items())))
+        self._sender = next(iter(ranks.items()))
+        self._tell(set(self.view.watchers().values()), Died(dict(ranks), note))
 
     def _mark(self, ranks: Mapping[int, int], note: str, delay_s: float) -> None:
         due = time.monotonic() + delay_s
@@ -207,7 +214,7 @@ class Watcher:
     def _propose(self) -> None:
         """Propose the view without those that are dead; again and again while the store is away."""
         now = time.monotonic()
-        due = {key: note for key, (note, at) in self._dead.items() if at <= now}
+        due = {key: note for key, (note, at) in self._dead.items() if at <= now and self._matters(*key)}
         if not due or self._proposing or self.view is None:
             return
         known = self.view
@@ -222,7 +229,7 @@ class Watcher:
             self._changed(view, error)
             if error is not None:  # again, a little later
                 later = time.monotonic() + 2 * SECOND_HAND_S
-                self._dead.update({key: (note, later) for key, note in due.items() if key in self._dead})
+                self._dead.update({key: (note, later) for key, note in due.items()})
 
         self._proposing = True
         self.link.submit(lambda store: change(store, without, known), done)
@@ -241,13 +248,13 @@ class Watcher:
             self._selector.register(self.channel.socket, selectors.EVENT_READ, self._hear)
         return self.channel
 
-    def _tell(self, addresses: set[str], content: View | Died, sender: tuple[int, int] | None = None) -> None:
-        """sender: (rank, incarnation) in whose name; None for any rank of this host."""
-        if sender is None:
-            sender = next(((r.rank, r.incarnation) for r in self._ranks.values() if r.rank >= 0), None)
-        if sender is not None and self.channel is not None:
+    def _tell(self, addresses: set[str], content: View | Died) -> None:
+        """In the name of a rank of this host; of the last one that died, if there is none left."""
+        alive = ((rank.rank, rank.incarnation) for rank in self._ranks.values() if rank.rank >= 0)
+        self._sender = next(alive, self._sender)
+        if self._sender is not None and self.channel is not None:
             said = NewView(content) if isinstance(content, View) else content
-            self.channel.tell(addresses, Message(self.settings.group, *sender, said))
+            self.channel.tell(addresses, Message(self.settings.group, *self._sender, said))
 
     def _hear(self) -> None:
         assert self.channel is not None
@@ -296,6 +303,34 @@ class Watcher:
         rank.send({"welcome": channel.address})
         if held is not None:
             self.adopt(held)
+        self._inherit(rank.page)
+        self.share_processes()
+
+    def share_processes(self) -> None:
+        """Write down which processes this host's slots have, for a watcher that comes after this one."""
+        for rank in self._ranks.values():
+            if rank.rank >= 0 and rank.pid > 0:
+                process = Process.of(rank.incarnation, rank.pid)
+                for other in self._ranks.values():
+                    other.page.set_process(rank.rank, process)
+
+    def _inherit(self, page: Page) -> None:
+        """Watch the processes that the watcher before this one watched, and that may never come here themselves."""
+        here = {rank.incarnation for rank in self._ranks.values()} | self._inherited
+        for rank, process in page.processes().items():
+            if process.incarnation in here or not self._matters(rank, process.incarnation):
+                continue
+            self._inherited.add(process.incarnation)
+            fd = process.open()
+            if fd < 0:
+                self.died({rank: process.incarnation}, _GONE)
+            else:
+                self._selector.register(fd, selectors.EVENT_READ, partial(self._lose_inherited, fd, rank, process))
+
+    def _lose_inherited(self, fd: int, rank: int, process: Process) -> None:
+        self._selector.unregister(fd)
+        os.close(fd)
+        self.died({rank: process.incarnation}, _GONE)
 
     def _serve(self, rank: Registered) -> None:
         request = rank.receive()
@@ -313,7 +348,7 @@ class Watcher:
         if rank not in self._ranks.values():  # it said goodbye a moment ago
             return
         self._forget(rank)
-        self.died({rank.rank: rank.incarnation}, "its process is gone")
+        self.died({rank.rank: rank.incarnation}, _GONE)
 
     def _forget(self, rank: Registered) -> None:
         for file in (rank.connection, rank.pidfd):
