@@ -20,7 +20,7 @@ from steps import Case, World, check_dispatched, check_sum, combine_weights, dis
 from moe_a2a import AllToAll, Elastic, Handle, Options
 from moe_a2a.membership.store_process import start_store
 
-CASE = Case(experts=32, hidden=128, tokens=(9, 4, 13, 0, 7))
+CASE = Case(experts=48, hidden=128, tokens=(9, 4, 13, 0, 7))
 MOVES = ("send", "receive", "send_back", "finish")
 #: Steps after the one in which a rank said that it is enough.
 _LAST = 12
@@ -37,7 +37,7 @@ class Where:
 @functools.cache
 def _store() -> str:
     """One for all tests: to start one takes longer than a test. It ends some time after its last user."""
-    return start_store()
+    return start_store(idle_s=60.0)
 
 
 def new_group() -> Where:
@@ -54,11 +54,11 @@ def elastic_a2a(
     timeout_s: float = 10.0,
     **elastic: Any,
 ) -> AllToAll:
-    """Found a group of the first so many ranks, or join it as rank `join`."""
+    """Found a group of the first so many ranks, or join it as rank `join` (-1: whichever is free)."""
     given = Elastic(where.store, group=where.group, join=join is not None, **elastic)
     options = Options(timeout_s=timeout_s, host=ctx.host)
     if join is not None:
-        return AllToAll(case.config(), rank=join, options=options, elastic=given)
+        return AllToAll(case.config(), rank=None if join == -1 else join, options=options, elastic=given)
     return AllToAll(case.config(), store=ctx.store, rank=ctx.rank, world_size=founders, options=options, elastic=given)
 
 
