@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from moe_a2a.bootstrap import Bootstrap
 from moe_a2a.errors import ConfigError, JoinRefused, MoeA2AError
+from moe_a2a.hosts import own_label
 from moe_a2a.membership.member import Member, MemberOptions
 from moe_a2a.membership.store_process import start_store
 from moe_a2a.membership.view import Endpoint, View
@@ -18,6 +20,7 @@ from moe_a2a.membership.wire import decode_json, encode_json
 _CHARTER = "charter"
 _CHARTER_VERSION = 1
 _MOST_CHARTER = 60_000
+_PATIENCE_S = 3.0
 
 
 def found_group(
@@ -47,23 +50,33 @@ def found_group(
     timeout_s = options.timeout_s if options is not None else 30.0
     url = options.store if options is not None else ""
     problem = ""
-    started = bootstrap.rank == 0 and not url
-    if started:
+    starts = bootstrap.rank == 0 and not url
+    if starts:
         try:
             url = start_store()
         except MoeA2AError as error:
             problem = str(error)
-    hellos = bootstrap.all_gather({"said": said, "store": url, "problem": problem}, timeout_s)
+    host = own_label(options.host if options is not None else None)
+    hello = {"said": said, "store": url, "started": starts, "problem": problem, "host": host}
+    hellos = bootstrap.all_gather(hello, timeout_s)
     for rank, hello in enumerate(hellos):
         if hello["problem"]:
             raise ConfigError(f"rank {rank} could not start the store: {hello['problem']}")
+        if hello["store"] not in ("", hellos[0]["store"]):
+            raise ConfigError(
+                f"store differs between ranks: rank 0 has {hellos[0]['store']}, rank {rank} has {hello['store']}; give "
+                "every rank the same"
+            )
         for field in said:
             if hello["said"][field] != hellos[0]["said"][field]:
                 raise ConfigError(
                     f"{field} differs between ranks: rank 0 has {hellos[0]['said'][field]!r}, rank {rank} has "
                     f"{hello['said'][field]!r}; give every rank the same"
                 )
-    own = _with_store(options, hellos[0]["store"], started)
+    # All ranks of the host say that its watcher keeps the store, and so do those that join it there later.
+    said["keeper"] = hellos[0]["host"] if hellos[0]["started"] else ""
+    keep = said["keeper"] == host
+    own = _with_store(options, hellos[0]["store"], keep)
     member: Member | None = None
     try:
         member = Member(own, on_change, bootstrap.rank)
@@ -78,8 +91,7 @@ def found_group(
         raise ConfigError(f"rank {failed} could not start: {places[failed or 0].get('problem')}")
     first = View.of([Endpoint(p["address"], p["incarnation"], p["host"]) for p in places], slots, channels)
     try:
-        if bootstrap.rank == 0:
-            member.publish(_CHARTER, _encode_charter(said))
+        member.publish(_CHARTER, _encode_charter(said))  # by all: it has to outlive every one of them
         member.found(first)
         member.wait(lambda view: view.epoch >= 1)
         if not member.view.holds(member.rank, member.incarnation):
@@ -108,10 +120,18 @@ def join_group(
     member = Member(options, on_change)
     try:
         said = member.lookup(_CHARTER)
+        deadline = time.monotonic() + min(_PATIENCE_S, options.timeout_s)
+        while said is None and time.monotonic() < deadline:  # the store may have lost it, and be given it again
+            time.sleep(0.05)
+            said = member.lookup(_CHARTER)
         if said is None:
             raise JoinRefused(f"the store {options.store} knows no group {options.group!r}")
-        _compare(_decode_charter(said), dict(charter or {}))
+        group = _decode_charter(said)
+        _compare(group["charter"], dict(charter or {}))
+        if group.get("keeper") == member.host:
+            member.keep_store()
         member._reserve(-1 if rank is None else rank)
+        member.publish(_CHARTER, said)
     except BaseException:
         member.close()
         raise
@@ -135,8 +155,7 @@ def _decode_charter(data: bytes) -> dict[str, Any]:
     said = decode_json(data, _MOST_CHARTER, "a charter")
     if said.get("version") != _CHARTER_VERSION or not isinstance(said.get("charter"), dict):
         raise JoinRefused("the group runs another version of moe-a2a; install one version on all ranks")
-    found: dict[str, Any] = said["charter"]
-    return found
+    return said
 
 
 def _compare(group: Mapping[str, Any], own: Mapping[str, Any]) -> None:

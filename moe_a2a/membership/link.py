@@ -40,11 +40,12 @@ class StoreLink:
         known: Callable[[], View | None],
         on_view: Callable[[View], None],
         on_silent: Callable[[tuple[str, ...]], None],
-        keep: bool,
     ) -> None:
-        self._url, self._group, self._host, self._keep = url, group, host, keep
+        self._url, self._group, self._host = url, group, host
+        self.keep = False
         self._post, self._known, self._on_view, self._on_silent = post, known, on_view, on_silent
         self._work: queue.SimpleQueue[Callable[[Store], None]] = queue.SimpleQueue()
+        self._published: dict[str, bytes] = {}  # by ranks of this host
         self._connected = False
         self._heard = time.monotonic()
         self._announced = 0.0
@@ -72,6 +73,11 @@ class StoreLink:
 
         self._work.put(run)
 
+    def publish(self, store: Store, name: str, value: bytes) -> None:
+        """Put a value, and put it again if the store loses it."""
+        self._published[name] = value
+        store.put(name, value)
+
     def _client(self) -> Store:
         with self._opening:
             if self._store is None:
@@ -98,7 +104,7 @@ class StoreLink:
                 if self._connected:
                     _log.warning("the view is frozen: %s", error)
                 self._connected = False
-                if self._keep and "refused" in str(error):
+                if self.keep and "refused" in str(error):
                     self._revive()
                 time.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE_S)
@@ -111,6 +117,9 @@ class StoreLink:
         store = self._client()
         known = self._known()
         if not self._connected:
+            for name, value in list(self._published.items()):  # before the view: who sees that may look for these
+                if store.find(name) is None:
+                    store.put(name, value)
             newest = store.get()
             if newest is None and known is not None:
                 newest = recall(store, known, self._host, _RECALL_S)

@@ -67,7 +67,7 @@ class MemberOptions:
             raise ConfigError(f"timeout_s={self.timeout_s!r}; give seconds above 0")
 
     def settings(self) -> Settings:
-        return Settings(self.store, self.group, own_label(self.host), self.control_address, self.keep_store)
+        return Settings(self.store, self.group, own_label(self.host), self.control_address)
 
 
 class Member:
@@ -92,6 +92,8 @@ class Member:
         self._answers: dict[int, dict[str, Any]] = {}
         self._news = threading.Condition()
         self._connection: socket.socket | None = None
+        self._published: dict[str, bytes] = {}
+        self._keep = options.keep_store
         self._watcher_pid = 0
         self._watcher_address = ""
         self._closed = False
@@ -179,8 +181,10 @@ class Member:
         return self.view
 
     def publish(self, name: str, value: bytes) -> None:
-        """Put up to 60 kB into the store, where all of the group can find it."""
+        """Put up to 60 kB into the store, where all of the group can find it, for as long as this member lives: if the
+        store loses its data, it is put there again."""
         self._ask("put", name=name, value=value.hex())
+        self._published[name] = value
 
     def lookup(self, name: str) -> bytes | None:
         """What was published under a name, if anything."""
@@ -228,6 +232,11 @@ class Member:
     def _reserve(self, rank: int) -> None:
         self.rank = number(self._ask("reserve", rank=rank, incarnation=self.incarnation), "rank", 0, 1023)
 
+    def keep_store(self) -> None:
+        """Let this host's watcher start the store again if it dies. Only on the machine of the store."""
+        self._keep = True
+        self._ask("keep")
+
     def _connect(self) -> None:
         """Find this host's watcher, or start it. Raises MoeA2AError."""
         deadline = time.monotonic() + _START_S
@@ -253,6 +262,7 @@ class Member:
         known = self._view.slots[self.rank].endpoint if self._view is not None and self.rank >= 0 else None
         address = known.address if known is not None and known.host == self.host else ""
         hello = {"hello": PROTOCOL, "rank": self.rank, "incarnation": self.incarnation, "address": address}
+        hello["keep"] = self._keep
         try:
             connection.settimeout(_START_S)
             socket.send_fds(connection, [encode_json(hello)], [self.page.fd])
@@ -296,13 +306,19 @@ class Member:
         while not self._closed:
             try:
                 self._connect()
+                assert self._connection is not None
+                for name, value in list(
+                    self._published.items()
+                ):  # the new watcher has to know them; answers go nowhere
+                    with contextlib.suppress(OSError):
+                        self._connection.send(encode_json({"id": 0, "ask": "put", "name": name, "value": value.hex()}))
                 return
             except MoeA2AError:
                 time.sleep(0.5)
 
     def _take(self, message: dict[str, Any]) -> None:
         with self._news:
-            if "id" in message:
+            if message.get("id"):
                 self._answers[number(message, "id")] = message
             self._news.notify_all()
         if self._on_change is not None and self.page.epoch > self._reported:

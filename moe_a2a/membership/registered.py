@@ -33,6 +33,7 @@ _VALUE_CHARACTERS = 120_000
 class Registered:
     """rank: -1 until it has a slot. pidfd: -1 if its process cannot be watched from here (another pid namespace): then
     the end of the connection tells. address: where the view says that its host takes messages, "" if it says nothing.
+    keep: its watcher starts the store again if it dies.
     """
 
     def __init__(self, connection: socket.socket, pid: int) -> None:
@@ -53,6 +54,7 @@ class Registered:
             self.rank = number(hello, "rank", -1, 1023)
             self.incarnation = number(hello, "incarnation", 1)
             self.address = text(hello, "address")
+            self.keep = hello.get("keep") is True
             if not fds:
                 raise MessageError("a greeting without a page")
             self.page = Page(fds[0])
@@ -131,9 +133,12 @@ class Registered:
             submit(lambda store: change(store, transition))
         elif what == "put":
             name, value = text(request, "name"), _bytes(request)
-            submit(lambda store: store.put(name, value))
+            submit(lambda store: watcher.link.publish(store, name, value))
         elif what == "find":
             self._find(text(request, "name"), number_, watcher)
+        elif what == "keep":
+            watcher.link.keep = True
+            self.send({"id": number_, "epoch": 0})
         elif what == "goodbye":
             self.said_goodbye = True
             self.send({"id": number_, "epoch": 0})

@@ -159,10 +159,19 @@ class _Connection:
     def call(self, work: Callable[[dist.TCPStore], T]) -> T:
         """Raises StoreAway if there is no connection to be had, or if it ends meanwhile."""
         with self._lock:
+            if self._client is not None:
+                # A connection that ended while nobody used it says nothing about the store: begin again, once. What was
+                # under way is looked for before it is done again (`renewed`).
+                try:
+                    return work(self._client)
+                except (dist.DistError, OSError) as error:
+                    if isinstance(error, StoreAway):
+                        self._client = None
+                        raise
+                    self._client = None
             try:
-                if self._client is None:
-                    self._client = self._connect()
-                    self.renewed = True
+                self._client = self._connect()
+                self.renewed = True
                 return work(self._client)
             except (dist.DistError, OSError) as error:
                 self._client = None

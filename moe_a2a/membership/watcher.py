@@ -48,13 +48,12 @@ _CREDENTIALS = struct.Struct("3i")
 @dataclass(frozen=True)
 class Settings:
     """What a watcher is started with. control_address: where it takes messages of other hosts' watchers; loopback
-    unless told otherwise. keep_store: start the store again if it dies."""
+    unless told otherwise."""
 
     store: str
     group: str
     host: str
     control_address: str = "127.0.0.1"
-    keep_store: bool = False
 
     @property
     def socket_name(self) -> str:
@@ -107,7 +106,6 @@ class Watcher:
             lambda: self.view,
             self.adopt,
             self._silent,
-            settings.keep_store,
         )
 
     def post(self, work: Callable[[], None]) -> None:
@@ -293,6 +291,7 @@ class Watcher:
             connection.close()
             return
         self._ranks[connection.fileno()] = rank
+        self.link.keep |= rank.keep
         self._selector.register(connection, selectors.EVENT_READ, lambda: self._serve(rank))
         if rank.pidfd >= 0:
             self._selector.register(rank.pidfd, selectors.EVENT_READ, lambda: self._lose(rank))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import multiprocessing as mp
 import os
 import signal
@@ -21,6 +22,7 @@ from moe_a2a.membership.member import Member, MemberOptions
 _server = mp.get_context("forkserver")
 _server.set_forkserver_preload(["torch", "torch.distributed", "moe_a2a.membership.group", "members"])
 ANSWER_S = 30.0
+_names = itertools.count()
 
 
 def _main(pipe: Connection, make: Callable[..., Member], args: Sequence[Any], environment: dict[str, str]) -> None:
@@ -112,7 +114,7 @@ class Group:
     def __init__(
         self, url: str, ranks: int, hosts: int, environment: dict[str, str] | None = None, **more: Any
     ) -> None:
-        self.url, self.environment = url, environment or {}
+        self.url, self.environment, self.name = url, environment or {}, f"test-{next(_names)}"
         self._meeting = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.members = [
             Process(
@@ -126,7 +128,7 @@ class Group:
             member.ready()
 
     def options(self, host: str) -> MemberOptions:
-        return MemberOptions(self.url, group="test", host=host, timeout_s=20.0)
+        return MemberOptions(self.url, group=self.name, host=host, timeout_s=20.0)
 
     def join(self, host: str, rank: int | None = None, charter: dict[str, Any] | None = None) -> Process:
         process = Process(join, self.options(host), rank, charter, environment=self.environment)
@@ -196,11 +198,23 @@ def refresh(member: Member) -> int:
     return member.refresh().epoch
 
 
+def publish(member: Member, name: str, value: bytes) -> None:
+    member.publish(name, value)
+
+
+def lookup(member: Member, name: str) -> bytes | None:
+    return member.lookup(name)
+
+
 def frozen(member: Member, wanted: bool, within_s: float = 12.0) -> bool:
     deadline = time.monotonic() + within_s
     while member.frozen != wanted and time.monotonic() < deadline:
         time.sleep(0.01)
     return member.frozen
+
+
+def store_url(member: Member) -> str:
+    return member.options.store
 
 
 def watcher_pid(member: Member) -> int:

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import members as m
@@ -23,8 +24,15 @@ from moe_a2a.membership.store import open_store
 from moe_a2a.membership.view import LIFE, mark_failed, reborn
 
 
-def test_every_survivor_masks_a_rank_that_was_killed() -> None:
-    with tcp() as url, Group(url, 4, 2) as group:
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    """A store for all tests that let it live; every group has a name of its own."""
+    with tcp(idle_s=120) as shared:
+        yield shared
+
+
+def test_every_survivor_masks_a_rank_that_was_killed(url: str) -> None:
+    with Group(url, 4, 2) as group:
         assert [rank.call(m.active) for rank in group.members] == [(1, (0, 1, 2, 3))] * 4
         victim = group[0]  # rank 0 is no more than any other
         survivors = group.members[1:]
@@ -42,8 +50,8 @@ def test_every_survivor_masks_a_rank_that_was_killed() -> None:
         assert all(rank.call(m.knows_dead, 0, victim.incarnation) for rank in survivors)
 
 
-def test_a_host_that_loses_all_its_ranks_at_once() -> None:
-    with tcp() as url, Group(url, 6, 3) as group:
+def test_a_host_that_loses_all_its_ranks_at_once(url: str) -> None:
+    with Group(url, 6, 3) as group:
         for rank in (2, 3):
             os.kill(group[rank].process.pid, signal.SIGKILL)
         for rank in (0, 1, 4, 5):
@@ -51,8 +59,8 @@ def test_a_host_that_loses_all_its_ranks_at_once() -> None:
         assert len({group[rank].call(m.active) for rank in (0, 1, 4, 5)}) == 1
 
 
-def test_a_new_process_takes_a_dead_ranks_slot_and_the_old_incarnation_stays_out() -> None:
-    with tcp() as url, Group(url, 3, 1) as group:
+def test_a_new_process_takes_a_dead_ranks_slot_and_the_old_incarnation_stays_out(url: str) -> None:
+    with Group(url, 3, 1) as group:
         group[1].kill()
         group[0].call(m.wait_ranks, (0, 2))
         new = group.join("host-0").ready()
@@ -68,8 +76,8 @@ def test_a_new_process_takes_a_dead_ranks_slot_and_the_old_incarnation_stays_out
         assert group[0].call(m.propose, {1: group[1].incarnation}) == (0, 1, 2), "meant the process before it"
 
 
-def test_a_group_grows_into_its_reserved_slots_and_shrinks_again() -> None:
-    with tcp() as url, Group(url, 2, 2, max_ranks=4, charter={"hidden_size": 512, "channels": ["a"]}) as group:
+def test_a_group_grows_into_its_reserved_slots_and_shrinks_again(url: str) -> None:
+    with Group(url, 2, 2, max_ranks=4, charter={"hidden_size": 512, "channels": ["a"]}) as group:
         charter = {"hidden_size": 512, "channels": ("a",)}
         new = [group.join(f"host-{n}", charter=charter) for n in (0, 2)]
         for process in new:
@@ -88,8 +96,8 @@ def test_a_group_grows_into_its_reserved_slots_and_shrinks_again() -> None:
         group[1].call(m.wait_ranks, without)
 
 
-def test_who_does_not_fit_is_refused_and_the_group_does_not_notice() -> None:
-    with tcp() as url, Group(url, 2, 1, charter={"hidden_size": 512}) as group:
+def test_who_does_not_fit_is_refused_and_the_group_does_not_notice(url: str) -> None:
+    with Group(url, 2, 1, charter={"hidden_size": 512}) as group:
         with pytest.raises(Refused, match="hidden_size differs: the group has 512, this process has 256") as caught:
             group.join("host-0", charter={"hidden_size": 256}).ready()
         assert caught.value.kind == "JoinRefused"
@@ -103,8 +111,8 @@ def test_who_does_not_fit_is_refused_and_the_group_does_not_notice() -> None:
             other.ready()
 
 
-def test_a_rank_that_was_voted_out_is_told_and_its_proposals_do_nothing() -> None:
-    with tcp() as url, Group(url, 4, 2) as group:
+def test_a_rank_that_was_voted_out_is_told_and_its_proposals_do_nothing(url: str) -> None:
+    with Group(url, 4, 2) as group:
         cut_off = group[3]
         assert group[0].call(m.propose, {3: cut_off.incarnation}) == (0, 1, 2)
         with pytest.raises(Refused, match="a test says so") as caught:
@@ -121,8 +129,8 @@ def test_a_rank_that_was_voted_out_is_told_and_its_proposals_do_nothing() -> Non
         cut_off.call(m.check)
 
 
-def test_ranks_that_accuse_each_other_agree_on_one_view() -> None:
-    with tcp() as url, Group(url, 4, 4) as group:
+def test_ranks_that_accuse_each_other_agree_on_one_view(url: str) -> None:
+    with Group(url, 4, 4) as group:
         group[0].tell(m.propose, {1: group[1].incarnation})
         group[1].tell(m.propose, {0: group[0].incarnation})
         outcomes = []
@@ -159,22 +167,21 @@ def test_the_store_dies_and_the_view_is_frozen_until_it_is_back() -> None:
 
 def test_the_store_that_a_group_started_is_started_again() -> None:
     with Group("", 2, 1) as group:
-        url = group[0].call(lambda_store)
+        url = group[0].call(m.store_url)
         pid = serving(url)
+        os.kill(group[1].call(m.watcher_pid), signal.SIGKILL)  # and the watcher, which knew what was published
+        group[1].call(m.publish, "place", b"here")
         os.kill(pid, signal.SIGKILL)
         assert group[1].call(m.frozen, True)
         assert not group[1].call(m.frozen, False, 20.0)
+        assert group[0].call(m.lookup, "place") == b"here" and group[0].call(m.lookup, "charter")
         group[0].kill()  # and rank 0, which had started the first one
         group[1].call(m.wait_ranks, (1,))
         assert serving(url) != pid
 
 
-def lambda_store(member: object) -> str:
-    return member.options.store  # type: ignore[attr-defined,no-any-return]
-
-
-def test_a_watcher_that_dies_is_replaced_and_sees_who_died_meanwhile() -> None:
-    with tcp() as url, Group(url, 4, 2) as group:
+def test_a_watcher_that_dies_is_replaced_and_sees_who_died_meanwhile(url: str) -> None:
+    with Group(url, 4, 2) as group:
         first = group[2].call(m.watcher_pid)
         address = group[2].call(m.watcher_address)
         os.kill(first, signal.SIGKILL)
@@ -187,8 +194,8 @@ def test_a_watcher_that_dies_is_replaced_and_sees_who_died_meanwhile() -> None:
         group[2].call(m.masks, 1, group[1].incarnation)
 
 
-def test_a_watcher_that_hangs_is_replaced() -> None:
-    with tcp() as url, Group(url, 3, 2) as group:
+def test_a_watcher_that_hangs_is_replaced(url: str) -> None:
+    with Group(url, 3, 2) as group:
         first = group[0].call(m.watcher_pid)
         os.kill(first, signal.SIGSTOP)
         group[1].kill()
@@ -206,15 +213,15 @@ def test_a_death_that_an_empty_store_forgot_is_proposed_again() -> None:
             rank.call(m.wait_ranks, (0, 1, 2))
         os.kill(serving(url), signal.SIGKILL)
         start_store(url.removeprefix("tcp://"), idle_s=3)
-        store = open_store(url, "test")
+        store = open_store(url, group.name)
         # As if a watcher that had missed the news was first; unless the others have been faster than this.
         outdated = store.compare_and_set(0, reborn(old)) == reborn(old)
         for rank in group.members[:3]:
             assert rank.call(m.wait_epoch, LIFE + outdated) == (0, 1, 2)
 
 
-def test_a_watcher_outlives_ranks_of_other_hosts_and_ends_with_its_own() -> None:
-    with tcp() as url, Group(url, 2, 2) as group:
+def test_a_watcher_outlives_ranks_of_other_hosts_and_ends_with_its_own(url: str) -> None:
+    with Group(url, 2, 2) as group:
         pids = [rank.call(m.watcher_pid) for rank in group.members]
         assert pids[0] != pids[1]
         for pid in pids:
@@ -232,20 +239,20 @@ def stranger(address: str, data: bytes) -> None:
         sender.sendto(data, (host, int(port)))
 
 
-def test_messages_of_strangers_and_of_old_incarnations_are_ignored() -> None:
+def test_messages_of_strangers_and_of_old_incarnations_are_ignored(url: str) -> None:
     secret = "0123456789abcdef-secret"
-    with tcp() as url, Group(url, 3, 3, environment={"MOE_A2A_SECRET": secret}) as group:
+    with Group(url, 3, 3, environment={"MOE_A2A_SECRET": secret}) as group:
         address = group[0].call(m.watcher_address)
         view = group[0].call(m.view)
         two = group[2].incarnation
         forged = mark_failed(view, {0: group[0].incarnation, 1: group[1].incarnation})
         told: list[tuple[Message, bytes]] = [
-            (Message("test", 1, group[1].incarnation, Died({2: two}, "lies")), b""),
-            (Message("test", 1, group[1].incarnation, NewView(forged)), b"another secret 16"),
-            (Message("test", 1, 77, Died({2: two}, "an old incarnation")), secret.encode()),
-            (Message("test", 9, 77, NewView(forged)), secret.encode()),
+            (Message(group.name, 1, group[1].incarnation, Died({2: two}, "lies")), b""),
+            (Message(group.name, 1, group[1].incarnation, NewView(forged)), b"another secret 16"),
+            (Message(group.name, 1, 77, Died({2: two}, "an old incarnation")), secret.encode()),
+            (Message(group.name, 9, 77, NewView(forged)), secret.encode()),
             (Message("other", 1, group[1].incarnation, NewView(forged)), secret.encode()),
-            (Message("test", 1, group[1].incarnation, Died({2: 99}, "another process")), secret.encode()),
+            (Message(group.name, 1, group[1].incarnation, Died({2: 99}, "another process")), secret.encode()),
         ]
         for message, key in told:
             stranger(address, encode(message, key))
@@ -253,28 +260,40 @@ def test_messages_of_strangers_and_of_old_incarnations_are_ignored() -> None:
             stranger(address, noise)
         time.sleep(0.5)
         assert group[0].call(m.active) == (1, (0, 1, 2))
-        stranger(address, encode(Message("test", 1, group[1].incarnation, Died({2: two}, "true")), secret.encode()))
+        stranger(address, encode(Message(group.name, 1, group[1].incarnation, Died({2: two}, "true")), secret.encode()))
         assert group[1].call(m.wait_ranks, (0, 1)) == 2, "a message of a member with the secret was not believed"
 
 
-def test_a_rank_that_is_closed_leaves_in_order() -> None:
-    with tcp() as url, Group(url, 2, 1) as group:
+def test_a_rank_that_is_closed_leaves_in_order(url: str) -> None:
+    with Group(url, 2, 1) as group:
         group[1].end()
         view = group[0].call(m.view)
         assert view.ranks == (0,) and view.slots[1].state.value == "left"
 
 
-def test_founders_that_were_given_different_things_are_all_told(tmp_path: Path) -> None:
+def test_founders_that_were_given_different_things_are_all_told(url: str) -> None:
     import torch.distributed as dist
 
     meeting = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    with tcp() as url:
-        options = MemberOptions(url, group="test", host="h", timeout_s=10)
-        ranks = [Process(m.found, r, 2, meeting.port, options, {"max_ranks": 2 + r}) for r in range(2)]
-        for rank in ranks:
-            with pytest.raises(Refused, match="max_ranks differs between ranks: rank 0 has 2, rank 1 has 3"):
-                rank.ready()
-            rank.end()
+    options = MemberOptions(url, group="founders", host="h", timeout_s=10)
+    ranks = [Process(m.found, r, 2, meeting.port, options, {"max_ranks": 2 + r}) for r in range(2)]
+    for rank in ranks:
+        with pytest.raises(Refused, match="max_ranks differs between ranks: rank 0 has 2, rank 1 has 3"):
+            rank.ready()
+        rank.end()
+
+
+def test_founders_with_different_stores_are_all_told(url: str) -> None:
+    import torch.distributed as dist
+
+    meeting = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    stores = [url, "tcp://127.0.0.1:9"]
+    options = [MemberOptions(store, group="founders-2", host="h", timeout_s=10) for store in stores]
+    ranks = [Process(m.found, r, 2, meeting.port, options[r], {}) for r in range(2)]
+    for rank in ranks:
+        with pytest.raises(Refused, match=r"rank 1 has tcp://127\.0\.0\.1:9; give every rank the same"):
+            rank.ready()
+        rank.end()
 
 
 def test_options_that_cannot_work_are_refused() -> None:
@@ -304,14 +323,20 @@ def test_a_group_on_etcd_goes_on_through_the_death_of_etcd(tmp_path: Path) -> No
         server.close()
 
 
-def test_the_view_can_be_printed() -> None:
-    command = [sys.executable, "-m", "moe_a2a.cli", "members", "--group", "test", "--store"]
-    with tcp() as url, Group(url, 2, 1, max_ranks=3) as group:
+def test_the_view_can_be_printed(url: str) -> None:
+    command = [sys.executable, "-m", "moe_a2a.cli", "members", "--group"]
+    with Group(url, 2, 1, max_ranks=3) as group:
         group[1].kill()
         group[0].call(m.wait_ranks, (0,))
-        shown = subprocess.run([*command, url], capture_output=True, text=True, timeout=60, check=True).stdout
+        shown = subprocess.run(
+            [*command, group.name, "--store", url], capture_output=True, text=True, timeout=60, check=True
+        ).stdout
         assert "epoch 2: 1 of 3 slots take part" in shown and "failed" in shown and "host-0" in shown
-        printed = subprocess.run([*command, url, "--json"], capture_output=True, text=True, timeout=60, check=True)
+        printed = subprocess.run(
+            [*command, group.name, "--store", url, "--json"], capture_output=True, text=True, timeout=60, check=True
+        )
         assert json.loads(printed.stdout)["slots"]["1"][0] == "failed"
-    away = subprocess.run([*command, "tcp://127.0.0.1:9"], capture_output=True, text=True, timeout=60, check=False)
+    away = subprocess.run(
+        [*command, "x", "--store", "tcp://127.0.0.1:9"], capture_output=True, text=True, timeout=60, check=False
+    )
     assert away.returncode == 1 and "does not answer" in away.stderr
