@@ -26,7 +26,7 @@ def _serve(ctx: Ctx, where: Where, victim: int) -> tuple[int, int]:
     chance = torch.Generator().manual_seed(ctx.rank)
     weights = torch.full((8, 2), 0.5)
     lost_steps = good = 0
-    with elastic_a2a(ctx, where, RANKS) as a2a:
+    with elastic_a2a(ctx, where, RANKS, case=CASE.replace(top_k=2)) as a2a:
         first = ctx.rank * a2a.local_experts
         number, last = 0, 1000
         while number < last:
