@@ -20,29 +20,35 @@ K = TypeVar("K", bound=Hashable)
 Accuse = Callable[[int, int, str], None]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Awaited:
     """Something that a rank waits for.
 
-    spots: where its record may come. rank: whom `times` counts the wait for. gone: tells that it will not come.
-    blame: the rank to be accused if it does not come in time, None for nobody.
+    spots: where its record may come, by the rank that receives or sends it there; the likeliest first. rank: whom
+    `times` counts the wait for. gone: tells that it will not come. blame: the rank to be accused if it does not come in
+    time, None for nobody. came: the key of the spot where it came.
     """
 
-    spots: tuple[Spot, ...]
+    spots: dict[int, Spot]
     rank: int
     gone: Callable[[], bool]
     blame: Callable[[], int | None]
+    came: int = -1
 
-    def poll(self) -> Record | None:
-        for spot in self.spots:
+    def poll(self, everywhere: bool) -> Record | None:
+        """everywhere: look at more than the likeliest spot."""
+        for key, spot in self.spots.items():
             record = spot.poll()
             if record is not None:
+                self.came = key
                 return record
+            if not everywhere:
+                break
         return None
 
     def passed(self) -> bool:
         """Whether its sender went on to later steps: this rank is late, and nobody is to blame."""
-        return any(spot.passed() for spot in self.spots)
+        return any(spot.passed() for spot in self.spots.values())
 
 
 @dataclass(frozen=True)
@@ -141,13 +147,13 @@ class Lookout:
         pending = dict(awaited)
         gone: set[K] = set()
         started = checked = time.monotonic()
-        late = False
+        everywhere, late = True, False
         pause = Pause()
         with driving(self._progress) as drive:
             while True:
                 before = len(pending)
                 for key in list(pending):
-                    record = pending[key].poll()
+                    record = pending[key].poll(everywhere)
                     if record is not None:
                         found[key] = record
                         item = pending.pop(key)
@@ -164,13 +170,14 @@ class Lookout:
                         if blamed is not None:
                             self.accuse(roll, blamed, f"{what} of {step}: sent nothing within {budget_s:g} s")
                     return found, [*lost, *pending]
+                everywhere = False
                 if drive() or len(pending) < before:
                     pause.reset()
                     continue
                 pause.rest()
                 now = time.monotonic()
                 if now - checked >= CHECK_EVERY_S:
-                    checked = now
+                    checked, everywhere = now, True
                     self.check()
                     self.note_leavers(step)
                     gone.update(

@@ -54,6 +54,8 @@ class ElasticRail:
         self.sources = tuple(range(len(arena.peers)))
         #: (channel, parity, rank) of slots from which somebody may still be reading rows of an earlier step.
         self._dirty: set[tuple[int, int, int]] = set()
+        #: (channel, parity) -> source -> where the record was that announced its rows.
+        self._spots: dict[tuple[int, int], dict[int, Spot]] = {}
 
     # dispatch
 
@@ -80,15 +82,11 @@ class ElasticRail:
 
     def recv_dispatch(self, step: Step) -> list[Arrival]:
         roll, slots = roll_of(step), self._arena.block(step).source_slots
-        records = self._from_sources(step, Kind.DISPATCH, "dispatch")
+        found = self._from_sources(step, Kind.DISPATCH, "dispatch")
         step.traffic.dispatch_announced = time.monotonic_ns()
+        self._spots[step.channel, step.parity] = {source: at for source, (_, _, at) in found.items()}
         arrivals = []
-        for source, record in sorted(records.items()):
-            places = self._places(step, source, Kind.DISPATCH)
-            holder = next((holder for holder, place in places.items() if place.poll()), None)
-            if holder is None:  # this rank is late, and the source has gone on
-                roll.missing.add(source)
-                continue
+        for source, (record, holder, _) in sorted(found.items()):
             roll.epochs[source], roll.holders[source] = record.epoch, holder
             arrived = self._arena.arrival(step, source, record, holder, slots[source].rows)
             # Combine reads these once more, perhaps after the source has gone on without this rank.
@@ -101,19 +99,18 @@ class ElasticRail:
 
     def recv_weights(self, step: Step) -> dict[int, FloatArray]:
         roll, slots = roll_of(step), self._arena.block(step).source_slots
-        self._from_sources(step, Kind.WEIGHTS, "router weights", roll.holders)
+        came = self._from_sources(step, Kind.WEIGHTS, "router weights", roll.holders)
         found = {}
         for arrival in step.arrivals:
-            holder = roll.holders.get(arrival.rank)
-            if holder is not None and self._place(step, arrival.rank, Kind.WEIGHTS, holder).poll():
-                rows = slots[arrival.rank].rows
+            if arrival.rank in came:
+                (_, holder, _), rows = came[arrival.rank], slots[arrival.rank].rows
                 found[arrival.rank] = self._arena.weights(step, holder, rows, len(arrival.ids)).copy()
         return found
 
     def torn(self, step: Step, ranks: Collection[int]) -> set[int]:
         """Those sources that did not leave in place what they had announced."""
-        holders = roll_of(step).holders
-        return {r for r in ranks if r in holders and not self._place(step, r, Kind.DISPATCH, holders[r]).stands()}
+        spots = self._spots[step.channel, step.parity]
+        return {rank for rank in ranks if not spots[rank].stands()}
 
     # combine
 
@@ -123,22 +120,18 @@ class ElasticRail:
         record = arena.record(step, Kind.PARTIALS_AWAY, status=status, mask=mask_of(roll_of(step).summed))
         announce(arena, step, Kind.PARTIALS_AWAY, record)
         for arrival in step.arrivals:
-            source = arrival.rank
-            if source in roll_of(step).holders and self._place(step, source, Kind.DISPATCH, arena.rank).poll():
+            if self._reduces(step, arrival.rank):
                 self._begin(step, self._reduce(step, arrival))
 
     def recv_combine(self, step: Step, discarded: bool = False) -> dict[SumOrder, Contribution]:
         arena, block, roll = self._arena, self._arena.block(step), roll_of(step)
-        found, _ = self._lookout.wait(
-            step, {place: self._sums_of(step, place) for place in step.sent_to_host}, self._timeout, "combine"
-        )
+        awaited = {place: self._sums_of(step, place) for place in step.sent_to_host}
+        found, _ = self._lookout.wait(step, awaited, self._timeout, "combine")
         step.traffic.combine_announced = time.monotonic_ns()
         check_discarded(step, {roll.hosts[place][0]: record for place, record in found.items()}, discarded)
         sums = {}
-        for place in found:
-            host, rows = roll.hosts[place], step.sent_to_host[place]
-            came = {r: self._sum_spot(step, r).poll() for r in host}
-            rail, record = next((r, record) for r, record in came.items() if record is not None)
+        for place, record in found.items():
+            host, rows, rail = roll.hosts[place], step.sent_to_host[place], awaited[place].came
             returned = {r for r in host if record.mask >> r & 1}
             roll.returned.update(returned)
             if returned != set(host):
@@ -162,7 +155,7 @@ class ElasticRail:
                 return self._next_rail(step, host, ()) is None
             return self._lookout.lost(roll, rail)
 
-        spots = tuple(self._sum_spot(step, rank) for rank in host)
+        spots = {rank: self._sum_spot(step, rank) for rank in self._around(step, host)}
         return Awaited(spots, host[0], gone, blame)
 
     def _reduce(self, step: Step, arrival: Arrival) -> Work:
@@ -234,12 +227,17 @@ class ElasticRail:
 
     def _next_rail(self, step: Step, host: tuple[int, ...], tried: Collection[int]) -> int | None:
         """The live rank of a host that this rank sends to: the one at this rank's place, or one of those after it."""
-        roll, rank = roll_of(step), self._arena.rank
-        begin = own_host(roll, rank).index(rank)
-        around = [host[(begin + i) % len(host)] for i in range(len(host))]
-        return next(
-            (r for r in around if r not in tried and r in self._peers and not self._lookout.lost(roll, r)), None
+        roll = roll_of(step)
+        alive = (
+            rank for rank in self._around(step, host) if rank in self._peers and not self._lookout.lost(roll, rank)
         )
+        return next((rank for rank in alive if rank not in tried), None)
+
+    def _around(self, step: Step, host: tuple[int, ...], source: int | None = None) -> list[int]:
+        """The ranks of a host in the order in which a source (None: this rank) prefers them as rail peers."""
+        rank = self._arena.rank if source is None else source
+        begin = own_host(roll_of(step), rank).index(rank)
+        return [host[(begin + i) % len(host)] for i in range(len(host))]
 
     def _unreached(self, step: Step) -> set[int]:
         return {rank for place, host in self._remote(step) if place not in step.sent_to_host for rank in host}
@@ -248,10 +246,21 @@ class ElasticRail:
         return spot(self._arena, step, kind, holder, self._arena.block(step).source_slots[source].inbox, source)
 
     def _places(self, step: Step, source: int, kind: Kind) -> dict[int, Spot]:
-        """Where a source's record may be: this rank's region first, then those of the others that are alive."""
-        roll, rank = roll_of(step), self._arena.rank
-        holders = sorted(own_host(roll, rank), key=lambda r: (r != rank, self._lookout.lost(roll, r), r))
+        """Where a source's record may be: with its rail peer, or, if that was lost, with another rank of this host."""
+        roll = roll_of(step)
+        around = self._around(step, own_host(roll, self._arena.rank), source)
+        holders = sorted(around, key=lambda holder: self._lookout.lost(roll, holder))
         return {holder: self._place(step, source, kind, holder) for holder in holders}
+
+    def _reduces(self, step: Step, source: int) -> bool:
+        """Whether this rank sends a source its host's sums: it has its rows."""
+        roll = roll_of(step)
+        holder = roll.holders.get(source)
+        if holder is None or holder == self._arena.rank:
+            return holder is not None
+        # Or it has them too, because the source saw the other one die before it knew that they had arrived.
+        lost = self._lookout.lost(roll, holder)
+        return lost and self._place(step, source, Kind.DISPATCH, self._arena.rank).poll() is not None
 
     def _sum_spot(self, step: Step, rail: int) -> Spot:
         inbox = self._arena.block(step).host_slots[rail].inbox
@@ -259,19 +268,20 @@ class ElasticRail:
 
     def _from_sources(
         self, step: Step, kind: Kind, what: str, among: Collection[int] | None = None
-    ) -> dict[int, Record]:
+    ) -> dict[int, tuple[Record, int, Spot]]:
+        """Source -> (its record, the rank of this host in whose region it is, and where)."""
         roll = roll_of(step)
 
-        def awaited(source: int) -> Awaited:
-            spots = tuple(self._places(step, source, kind).values())
+        def wait_for(source: int) -> Awaited:
+            spots = self._places(step, source, kind)
             return Awaited(spots, source, lambda: self._lookout.lost(roll, source), lambda: source)
 
         sources = [r for _, host in self._remote(step) for r in host if among is None or r in among]
-        found, lost = self._lookout.wait(
-            step, {source: awaited(source) for source in sources}, _SOURCE_SHARE * self._timeout, what
-        )
+        awaited = {source: wait_for(source) for source in sources}
+        found, lost = self._lookout.wait(step, awaited, _SOURCE_SHARE * self._timeout, what)
         roll.missing.update(set(lost) - roll.left)
-        return found
+        at = {source: awaited[source].came for source in found}
+        return {source: (record, at[source], awaited[source].spots[at[source]]) for source, record in found.items()}
 
     # the engine
 

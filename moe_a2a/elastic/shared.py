@@ -65,10 +65,13 @@ class ElasticShared:
     def __init__(self, arena: Arena, lookout: Lookout, budget_s: float) -> None:
         self._arena, self._lookout, self._budget = arena, lookout, budget_s
         self.sources = arena.peers
+        #: (channel, parity, kind) -> where the records were that the last wait found.
+        self._spots: dict[tuple[int, int, Kind], dict[int, Spot]] = {}
 
     def send_dispatch(self, step: Step) -> None:
         arena = self._arena
-        withdraw_mailbox(arena, step)
+        if not step.published:
+            withdraw_mailbox(arena, step)
         arena.publish(step)
         announce(arena, step, Kind.DISPATCH, arena.record(step, Kind.DISPATCH, step.tokens))
 
@@ -110,7 +113,8 @@ class ElasticShared:
 
     def torn(self, step: Step, kind: Kind, ranks: Collection[int]) -> set[int]:
         """Those of the ranks of this host that did not leave in place what they had announced."""
-        return {rank for rank in ranks if not self._spot(step, kind, rank).stands()}
+        spots = self._spots[step.channel, step.parity, kind]
+        return {rank for rank in ranks if not spots[rank].stands()}
 
     def _spot(self, step: Step, kind: Kind, rank: int) -> Spot:
         return spot(self._arena, step, kind, rank, self._arena.block(step).mailbox, rank)
@@ -120,10 +124,12 @@ class ElasticShared:
         roll = roll_of(step)
 
         def awaited(rank: int) -> Awaited:
-            return Awaited((self._spot(step, kind, rank),), rank, lambda: self._lookout.lost(roll, rank), lambda: rank)
+            return Awaited({rank: spots[rank]}, rank, lambda: self._lookout.lost(roll, rank), lambda: rank)
 
         here = own_host(roll, self._arena.rank)
         ranks = [rank for rank in here if among is None or rank in among]
+        spots = {rank: self._spot(step, kind, rank) for rank in ranks}
+        self._spots[step.channel, step.parity, kind] = spots
         found, lost = self._lookout.wait(step, {rank: awaited(rank) for rank in ranks}, self._budget, what)
         roll.missing.update(set(lost) - roll.left)
         return found

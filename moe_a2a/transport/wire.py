@@ -93,13 +93,19 @@ def write_record(memory: memoryview, offset: int, record: Record) -> None:
 
 
 def record_reader(
-    memory: memoryview, offset: int, kind: Kind, step: int, incarnation: int
+    memory: memoryview,
+    offset: int,
+    kind: Kind,
+    step: int,
+    incarnation: int,
+    word: npt.NDArray[np.uint64] | None = None,
 ) -> Callable[[], Record | None]:
     """A poll for one record: None until a whole record of this kind, step and incarnation is there.
 
-    Records of an older step, of another process, or half written ones are not believed.
+    Records of an older step, of another process, or half written ones are not believed. word: its step word, if the
+    caller has it.
     """
-    step_word = np.frombuffer(memory, dtype=np.uint64, count=1, offset=offset + _STEP_OFFSET)
+    step_word = np.frombuffer(memory, np.uint64, 1, offset + _STEP_OFFSET) if word is None else word
 
     def poll() -> Record | None:
         if int(step_word[0]) != step:
@@ -135,9 +141,9 @@ class Spot:
     """
 
     def __init__(self, memory: memoryview, offset: int, kind: Kind, step: int, incarnation: int) -> None:
-        self.poll = record_reader(memory, offset, kind, step, incarnation)
         self._step = step
         self._word = np.frombuffer(memory, dtype=np.uint64, count=1, offset=offset + _STEP_OFFSET)
+        self.poll = record_reader(memory, offset, kind, step, incarnation, self._word)
 
     def stands(self) -> bool:
         return int(self._word[0]) == self._step
