@@ -98,6 +98,7 @@ class Keeper:
 
     def accuse(self, rank: int, incarnation: int, evidence: str) -> None:
         """Propose the view without this process, until the view is without it."""
+        _log.warning("rank %d: %s", rank, evidence)
         self._rouse(lambda: self._accused.setdefault((rank, incarnation), evidence))
 
     def activate(self, ranks: Mapping[int, int], first: Sequence[int]) -> None:
@@ -162,7 +163,6 @@ class Keeper:
     def _propose(self, member: Member, accused: Mapping[tuple[int, int], str]) -> None:
         for (rank, incarnation), evidence in accused.items():
             if member.page.takes_part(rank, incarnation):
-                _log.warning("rank %d: %s", rank, evidence)
                 member.propose_failed({rank: incarnation}, evidence)
             with self._wake:
                 self._accused.pop((rank, incarnation), None)

@@ -128,12 +128,12 @@ def found(config: Config, options: Options, elastic: Elastic, bootstrap: Bootstr
     slots = bootstrap.world_size if elastic.max_ranks is None else elastic.max_ranks
     if slots < bootstrap.world_size:
         raise ConfigError(f"max_ranks={slots} for {bootstrap.world_size} ranks; give as many or more")
-    rounds = Rounds(bootstrap, options.timeout_s)
+    rounds = Rounds(bootstrap, elastic.timeout_s)
     hellos = introduce(rounds, config, options, slots, "cpu", check_platform)
     several = len({hello["host"] for hello in hellos}) > 1
     one_network = len({hello["network"] for hello in hellos}) == 1
     built = _Built(config, options, slots, several, one_network, stack)
-    keeper = Keeper(built.layout.nbytes, options.timeout_s)
+    keeper = Keeper(built.layout.nbytes, elastic.timeout_s)
     charter = _charter(config, options)
     member = found_group(
         bootstrap, _member_options(options, elastic), slots, config.channels, charter, keeper.on_change
@@ -146,7 +146,7 @@ def found(config: Config, options: Options, elastic: Elastic, bootstrap: Bootstr
         member.publish(place_name(member.rank, member.incarnation), built.open(member.rank).encode())
 
     rounds.run(open_memory, lambda _: True)
-    ways, _ = rounds.run(lambda: _find_all(member, built.layout.nbytes, options.timeout_s), lambda _: True)
+    ways, _ = rounds.run(lambda: _find_all(member, built.layout.nbytes, elastic.timeout_s), lambda _: True)
     group = built.finish(member, keeper, ways, [0] * len(config.channels))
     rounds.run(lambda: None, lambda _: True)
     return group
@@ -175,14 +175,14 @@ def join(config: Config, options: Options, elastic: Elastic, rank: int | None, s
                 f"{member.host}; a group that is to span hosts has to be founded on two of them"
             )
         built = _Built(config, options, slots, several, network == own_network(), stack)
-        keeper = Keeper(built.layout.nbytes, options.timeout_s)
+        keeper = Keeper(built.layout.nbytes, elastic.timeout_s)
         place = built.open(member.rank)
         member.publish(place_name(member.rank, member.incarnation), place.encode())
-        ways = _find_all(member, built.layout.nbytes, options.timeout_s)
+        ways = _find_all(member, built.layout.nbytes, elastic.timeout_s)
         group = built.finish(member, keeper, ways, [])
         keepers.append(keeper)
         keeper.on_change(member.view)
-        view = member.wait_active(options.timeout_s)
+        view = member.wait_active(elastic.timeout_s)
     except BaseException:
         with contextlib.suppress(MoeA2AError):
             member.leave()
@@ -210,7 +210,7 @@ def _member_options(options: Options, elastic: Elastic) -> MemberOptions:
         elastic.group,
         own_label(options.host),
         elastic.control_address,
-        timeout_s=options.timeout_s,
+        timeout_s=elastic.timeout_s,
     )
 
 

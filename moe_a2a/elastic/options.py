@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from moe_a2a.errors import ConfigError
@@ -21,6 +22,8 @@ class Elastic:
         them. None: as many as there are ranks at the start.
     group: the group's name in the store.
     join: take a slot of a group that exists (`rank=`, or the lowest that is free) in place of founding one.
+    timeout_s: seconds that founding, joining, leaving and the store may take. How long a step may wait for a rank says
+        Options.timeout_s.
     control_address: address of this machine where hosts tell each other of deaths; loopback suits one machine only.
 
     Raises ConfigError.
@@ -31,6 +34,7 @@ class Elastic:
     group: str = "default"
     join: bool = False
     control_address: str = "127.0.0.1"
+    timeout_s: float = 30.0
 
     def __post_init__(self) -> None:
         if self.store:
@@ -43,5 +47,7 @@ class Elastic:
             isinstance(slots, bool) or not isinstance(slots, int) or not 1 <= slots <= MOST_RANKS
         ):
             raise ConfigError(f"max_ranks={slots!r}; give an int from 1 to {MOST_RANKS}")
+        if not isinstance(self.timeout_s, (int, float)) or not math.isfinite(self.timeout_s) or self.timeout_s <= 0:
+            raise ConfigError(f"timeout_s={self.timeout_s!r}; give a finite number of seconds above 0")
         if not isinstance(self.join, bool):
             raise ConfigError(f"join={self.join!r}; give True or False")
