@@ -139,6 +139,7 @@ class CpuBackend:
             roll=roll,
         )
         self._open[index].append(step)
+        self._begin(step)
         self._each(lambda transport: transport.send_dispatch(step))
         return Handle(self, step, fp8, layout)
 
@@ -260,6 +261,9 @@ class CpuBackend:
     def _call_roll(self, channel: int) -> Roll | None:
         """Who takes part in the channel's next step. None: everybody, always."""
         return None
+
+    def _begin(self, step: Step) -> None:
+        """Before memory of the step before last is used again."""
 
     def _summed(self, step: Step, transport: Transport, arrived: Mapping[int, FloatArray]) -> Collection[int]:
         """The sources that this rank's sums go to by this transport. arrived: the weights that came."""

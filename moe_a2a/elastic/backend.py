@@ -25,7 +25,7 @@ from moe_a2a.routing import Contribution
 from moe_a2a.step import Phase, Roll, Step
 from moe_a2a.transport.protocol import SumOrder, Transport
 from moe_a2a.transport.wait import Pause
-from moe_a2a.transport.wire import FloatArray, Kind
+from moe_a2a.transport.wire import FloatArray, Kind, step_words, withdrawn_word
 from moe_a2a.types import Dispatched, Handle, Layout
 
 #: While processes wait to be activated, this rank begins no more than so many steps of a channel without them; they
@@ -66,6 +66,11 @@ class ElasticBackend(CpuBackend):
         self._start(group.meeting, group.member.rank, group.member.view.max_ranks)
         self._number[:] = group.started
         self._health = _ElasticHealth()
+        memory = self._arena.memory
+        self._words = [
+            [step_words(memory.bytes, memory.position(self.rank, block.mailbox), len(Kind)) for block in blocks]
+            for blocks in self._arena.layout.blocks
+        ]
         self._sequence = -1
         self._waiting: dict[int, int] = {}
         self._waiting_since = 0
@@ -89,6 +94,9 @@ class ElasticBackend(CpuBackend):
         if self._held_for and number > self._hold[channel]:
             self._wait_for_activation()
         return self._group.lookout.roll(channel, number)
+
+    def _begin(self, step: Step) -> None:
+        self._words[step.channel][step.parity][:] = withdrawn_word(step.number)
 
     def _receive(self, step: Step) -> None:
         super()._receive(step)

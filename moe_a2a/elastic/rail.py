@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 
 from moe_a2a.elastic.lookout import Awaited, Lookout
-from moe_a2a.elastic.shared import announce, mask_of, own_host, roll_of, spot, withdraw_mailbox
+from moe_a2a.elastic.shared import Spots, announce, mask_of, own_host, roll_of
 from moe_a2a.errors import EngineError
 from moe_a2a.routing import Arrival, Contribution, bags, rank_hits
 from moe_a2a.rows import sum_rows
@@ -52,6 +52,7 @@ class ElasticRail:
         self._lookout, self._progress, self._timeout = lookout, progress, timeout_s
         self._config = arena.config
         self.sources = tuple(range(len(arena.peers)))
+        self._records = Spots(arena)
         #: (channel, parity, rank) of slots from which somebody may still be reading rows of an earlier step.
         self._dirty: set[tuple[int, int, int]] = set()
         #: (channel, parity) -> source -> where the record was that announced its rows.
@@ -61,7 +62,6 @@ class ElasticRail:
 
     def send_dispatch(self, step: Step) -> None:
         arena, block, roll = self._arena, self._arena.block(step), roll_of(step)
-        withdraw_mailbox(arena, step)
         for place, host in self._remote(step):
             first = self._next_rail(step, host, ())
             if first is None:
@@ -163,20 +163,27 @@ class ElasticRail:
         arena, source, roll = self._arena, arrival.rank, roll_of(step)
         block = arena.block(step)
         slot, target = block.source_slots[source], block.host_slots[arena.rank]
+        here = own_host(roll, arena.rank)
+        spots = {r: self._records.at(step, Kind.PARTIALS_AWAY, r, block.mailbox, r) for r in here}
         found: dict[int, Record] = {}
-        yield from self._collect(step, found)
-        summed = [rank for rank, record in found.items() if record.mask >> source & 1]
+        yield from self._collect(step, spots, found)
+        summed = {rank for rank, record in found.items() if record.mask >> source & 1}
         record = arena.record(step, Kind.COMBINE, mask=mask_of(summed))
         if any(r.status == Status.DISCARDED for r in found.values()):
             record = replace(record, status=Status.DISCARDED)
         else:
             rows = len(arrival.ids)
             record = replace(record, rows=rows, nbytes=rows * self._config.row_bytes)
-            if len(found) < len(own_host(roll, arena.rank)):  # one that was left out may still be reading these rows
+            if len(found) < len(here):  # one that was left out may still be reading these rows
                 at = arena.memory.position(arena.rank, slot.inbox + RECORD_BYTES * Kind.DISPATCH)
                 withdraw(arena.memory.bytes, at, step.number + 1)
-            if rows:
+            while rows:
                 self._sum_partials(step, arrival, slot, summed)
+                torn = {rank for rank in summed if not spots[rank].stands()}  # if this rank is late
+                if not torn:
+                    break
+                summed -= torn
+            record = replace(record, mask=mask_of(summed))
         yield from self._transfer(step, source, record, slot, target, slot.rows, 0)
 
     def _sum_partials(self, step: Step, arrival: Arrival, slot: Slot, summed: Collection[int]) -> None:
@@ -191,13 +198,9 @@ class ElasticRail:
         out = arena.own_rows(slot.rows, len(arrival.ids), RowFormat.PLAIN)
         sum_rows(arena.table(RowFormat.PLAIN), index, offsets, out)
 
-    def _collect(self, step: Step, found: dict[int, Record]) -> Work:
+    def _collect(self, step: Step, all_spots: Mapping[int, Spot], found: dict[int, Record]) -> Work:
         """Wait, task fashion, until every rank of this host that is not lost has left its sums for other hosts."""
-        arena, roll = self._arena, roll_of(step)
-        mailbox = arena.block(step).mailbox
-        spots = {
-            peer: spot(arena, step, Kind.PARTIALS_AWAY, peer, mailbox, peer) for peer in own_host(roll, arena.rank)
-        }
+        roll, spots = roll_of(step), dict(all_spots)
         started = checked = time.monotonic()
         gone: set[int] = set()
         while True:
@@ -243,7 +246,7 @@ class ElasticRail:
         return {rank for place, host in self._remote(step) if place not in step.sent_to_host for rank in host}
 
     def _place(self, step: Step, source: int, kind: Kind, holder: int) -> Spot:
-        return spot(self._arena, step, kind, holder, self._arena.block(step).source_slots[source].inbox, source)
+        return self._records.at(step, kind, holder, self._arena.block(step).source_slots[source].inbox, source)
 
     def _places(self, step: Step, source: int, kind: Kind) -> dict[int, Spot]:
         """Where a source's record may be: with its rail peer, or, if that was lost, with another rank of this host."""
@@ -264,7 +267,7 @@ class ElasticRail:
 
     def _sum_spot(self, step: Step, rail: int) -> Spot:
         inbox = self._arena.block(step).host_slots[rail].inbox
-        return spot(self._arena, step, Kind.COMBINE, self._arena.rank, inbox, rail)
+        return self._records.at(step, Kind.COMBINE, self._arena.rank, inbox, rail)
 
     def _from_sources(
         self, step: Step, kind: Kind, what: str, among: Collection[int] | None = None

@@ -23,7 +23,6 @@ from moe_a2a.transport.wire import (
     Record,
     Spot,
     Status,
-    withdraw,
     write_record,
 )
 
@@ -41,22 +40,25 @@ def mask_of(ranks: Collection[int]) -> int:
     return sum(1 << rank for rank in ranks)
 
 
-def spot(arena: Arena, step: Step, kind: Kind, owner: int, mailbox: int, sender: int) -> Spot:
-    """The place of a record of `sender` in a mailbox of `owner`'s region."""
-    at = arena.memory.position(owner, mailbox + RECORD_BYTES * kind)
-    return Spot(arena.memory.bytes, at, kind, step.number, roll_of(step).incarnations[sender])
+class Spots:
+    """The places where one transport looks for records; kept, because to make one costs more than to look."""
+
+    def __init__(self, arena: Arena) -> None:
+        self._arena = arena
+        self._kept: dict[int, Spot] = {}
+
+    def at(self, step: Step, kind: Kind, owner: int, mailbox: int, sender: int) -> Spot:
+        """The place of a record of `sender` in a mailbox of `owner`'s region, which no other sender uses."""
+        at = self._arena.memory.position(owner, mailbox + RECORD_BYTES * kind)
+        spot = self._kept.get(at)
+        if spot is None:
+            spot = self._kept[at] = Spot(self._arena.memory.bytes, at, kind)
+        return spot.aim(step.number, roll_of(step).incarnations[sender])
 
 
 def announce(arena: Arena, step: Step, kind: Kind, record: Record) -> None:
     at = arena.memory.position(arena.rank, arena.block(step).mailbox + RECORD_BYTES * kind)
     write_record(arena.memory.bytes, at, record)
-
-
-def withdraw_mailbox(arena: Arena, step: Step) -> None:
-    """Before this rank's memory of the step before last is used again."""
-    for kind in Kind:
-        at = arena.memory.position(arena.rank, arena.block(step).mailbox + RECORD_BYTES * kind)
-        withdraw(arena.memory.bytes, at, step.number)
 
 
 class ElasticShared:
@@ -65,13 +67,12 @@ class ElasticShared:
     def __init__(self, arena: Arena, lookout: Lookout, budget_s: float) -> None:
         self._arena, self._lookout, self._budget = arena, lookout, budget_s
         self.sources = arena.peers
+        self._places = Spots(arena)
         #: (channel, parity, kind) -> where the records were that the last wait found.
         self._spots: dict[tuple[int, int, Kind], dict[int, Spot]] = {}
 
     def send_dispatch(self, step: Step) -> None:
         arena = self._arena
-        if not step.published:
-            withdraw_mailbox(arena, step)
         arena.publish(step)
         announce(arena, step, Kind.DISPATCH, arena.record(step, Kind.DISPATCH, step.tokens))
 
@@ -117,7 +118,7 @@ class ElasticShared:
         return {rank for rank in ranks if not spots[rank].stands()}
 
     def _spot(self, step: Step, kind: Kind, rank: int) -> Spot:
-        return spot(self._arena, step, kind, rank, self._arena.block(step).mailbox, rank)
+        return self._places.at(step, kind, rank, self._arena.block(step).mailbox, rank)
 
     def _wait(self, step: Step, kind: Kind, what: str, among: Collection[int] | None = None) -> dict[int, Record]:
         """Records of the ranks of this host that are not lost."""

@@ -93,33 +93,31 @@ def write_record(memory: memoryview, offset: int, record: Record) -> None:
 
 
 def record_reader(
-    memory: memoryview,
-    offset: int,
-    kind: Kind,
-    step: int,
-    incarnation: int,
-    word: npt.NDArray[np.uint64] | None = None,
+    memory: memoryview, offset: int, kind: Kind, step: int, incarnation: int
 ) -> Callable[[], Record | None]:
     """A poll for one record: None until a whole record of this kind, step and incarnation is there.
 
-    Records of an older step, of another process, or half written ones are not believed. word: its step word, if the
-    caller has it.
+    Records of an older step, of another process, or half written ones are not believed.
     """
-    step_word = np.frombuffer(memory, np.uint64, 1, offset + _STEP_OFFSET) if word is None else word
+    step_word = np.frombuffer(memory, dtype=np.uint64, count=1, offset=offset + _STEP_OFFSET)
 
     def poll() -> Record | None:
         if int(step_word[0]) != step:
             return None
-        data = bytes(memory[offset : offset + RECORD_BYTES])
-        fields = _RECORD.unpack(data)
-        if fields[0] != _MAGIC or fields[1] != kind or fields[4] != incarnation or fields[3] != step:
-            return None
-        if fields[12] != zlib.crc32(data[:_CRC_END]):
-            return None
-        _, _, status, _, _, epoch, rows, tokens, row_format, missing, nbytes, mask, _ = fields
-        return Record(kind, step, incarnation, rows, tokens, row_format, Status(status), missing, nbytes, epoch, mask)
+        return _record(bytes(memory[offset : offset + RECORD_BYTES]), kind, step, incarnation)
 
     return poll
+
+
+def _record(data: bytes, kind: Kind, step: int, incarnation: int) -> Record | None:
+    """The record that these bytes are, if they are one of this kind, step and process."""
+    fields = _RECORD.unpack(data)
+    if fields[0] != _MAGIC or fields[1] != kind or fields[4] != incarnation or fields[3] != step:
+        return None
+    if fields[12] != zlib.crc32(data[:_CRC_END]):
+        return None
+    _, _, status, _, _, epoch, rows, tokens, row_format, missing, nbytes, mask, _ = fields
+    return Record(kind, step, incarnation, rows, tokens, row_format, Status(status), missing, nbytes, epoch, mask)
 
 
 def withdraw(memory: memoryview, offset: int, step: int) -> None:
@@ -134,22 +132,43 @@ def withdrawn(step: int) -> bytes:
 
 
 class Spot:
-    """A place for one record of one sender.
+    """A place for records of one kind, aimed at one step of one sender after another.
 
-    `poll` reads it, None until it is there; `stands` tells whether it is still there, and so what it announced;
+    `poll` reads the record, None until it is there; `stands` tells whether it is still there, and so what it announced;
     `passed` whether the sender has gone on to later steps.
     """
 
-    def __init__(self, memory: memoryview, offset: int, kind: Kind, step: int, incarnation: int) -> None:
-        self._step = step
-        self._word = np.frombuffer(memory, dtype=np.uint64, count=1, offset=offset + _STEP_OFFSET)
-        self.poll = record_reader(memory, offset, kind, step, incarnation, self._word)
+    def __init__(self, memory: memoryview, offset: int, kind: Kind) -> None:
+        self._memory, self._offset, self._kind = memory, offset, kind
+        self._step = self._incarnation = -1
+        self._word = np.frombuffer(memory, np.uint64, 1, offset + _STEP_OFFSET)
+
+    def aim(self, step: int, incarnation: int) -> Spot:
+        self._step, self._incarnation = step, incarnation
+        return self
+
+    def poll(self) -> Record | None:
+        if int(self._word[0]) != self._step:
+            return None
+        data = bytes(self._memory[self._offset : self._offset + RECORD_BYTES])
+        return _record(data, self._kind, self._step, self._incarnation)
 
     def stands(self) -> bool:
         return int(self._word[0]) == self._step
 
     def passed(self) -> bool:
         return int(self._word[0]) & ~_WITHDRAWN > self._step
+
+
+def step_words(memory: memoryview, offset: int, count: int) -> npt.NDArray[np.uint64]:
+    """The step words of `count` records that lie one after the other, for `withdrawn_word`."""
+    words: npt.NDArray[np.uint64] = np.frombuffer(memory, np.uint64, count * RECORD_BYTES // 8, offset)
+    return words[_STEP_OFFSET // 8 :: RECORD_BYTES // 8]
+
+
+def withdrawn_word(step: int) -> np.uint64:
+    word: np.uint64 = np.uint64(step | _WITHDRAWN)
+    return word
 
 
 def _padded(nbytes: int) -> int:
