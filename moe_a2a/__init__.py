@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from moe_a2a.all_to_all import AllToAll
     from moe_a2a.bootstrap import KeyValue
     from moe_a2a.config import Config, Options
+    from moe_a2a.elastic.options import Elastic
     from moe_a2a.errors import (
         ConfigError,
         EngineError,
@@ -36,6 +37,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "Contiguous",
+    "Elastic",
     "EngineError",
     "ExcludedFromView",
     "Grouped",
@@ -61,6 +63,7 @@ _MODULES = {
     "all_to_all": ["AllToAll"],
     "bootstrap": ["KeyValue"],
     "config": ["Config", "Options"],
+    "elastic.options": ["Elastic"],
     "errors": [
         "ConfigError",
         "EngineError",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Literal, overload
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 import torch.distributed as dist
@@ -20,12 +20,18 @@ from moe_a2a.fp8 import ScaleFormat
 from moe_a2a.names import Names
 from moe_a2a.types import LAYOUTS, Contiguous, Dispatched, Grouped, Handle, Layout, Masked
 
+if TYPE_CHECKING:
+    from moe_a2a.elastic.group import ElasticGroup
+    from moe_a2a.elastic.options import Elastic
+
 
 class AllToAll:
     """Expert-parallel dispatch and combine for the ranks of one group. Construction is collective.
 
     config: sizes, equal on every rank. group: a torch.distributed process group (None: the default group), used for
-    bootstrapping only; or store, rank and world_size: any key-value store with get, set and wait. device: "cpu", or
+    bootstrapping only; or store, rank and world_size: any key-value store with get, set and wait. elastic: makes a
+    group of CPU ranks that goes on without ranks that are lost (docs/elastic.md); world_size is then its `max_ranks`,
+    and rank the slot to take if it joins. device: "cpu", or
     "cuda" (the current one) or "cuda:1" for GPU ranks, which take and give tensors on that device, do not wait for it,
     and may be captured in CUDA graphs. options: see `Options`.
 
@@ -35,7 +41,8 @@ class AllToAll:
 
     Raises ConfigError (sizes, hosts, memory, differing configs), EngineError (Transfer Engine), RankLost (a rank does
     not come).
-    After a RankLost from a step the object is unusable: close it.
+    After a RankLost from a step the object is unusable: close it. Elastic groups raise ExcludedFromView in place of
+    that, if it is this rank that was lost, and otherwise end the step without those that are; see `missing`.
     """
 
     def __init__(
@@ -48,24 +55,40 @@ class AllToAll:
         rank: int | None = None,
         world_size: int | None = None,
         options: Options | None = None,
+        elastic: Elastic | None = None,
     ) -> None:
         self.config = config
         self.options = options or Options()
-        found = _bootstrap(config, group, store, rank, world_size)
-        self.rank, self.world_size = found.rank, found.world_size
-        Names.claim(found.identity, config.channels)
+        found: Bootstrap | None = None
+        if elastic is not None and elastic.join:
+            if group is not None or store is not None or world_size is not None:
+                raise ConfigError("join=True finds the group through Elastic.store; leave group, store, world_size out")
+        else:
+            found = _bootstrap(config, group, store, rank, world_size)
+        identity = object() if found is None else found.identity
+        Names.claim(identity, config.channels)
         try:
-            self._backend = _backend(config, self.options, found, device)
+            self._backend = _backend(config, self.options, found, device, elastic, rank)
         except BaseException:
-            Names.release(found.identity, config.channels)
+            Names.release(identity, config.channels)
             raise
         # Of the backend, not of this object: a handle, and so a result, keeps its backend and its memory alive.
-        self._release = weakref.finalize(
-            self._backend, _release, self._backend.resources, found.identity, config.channels
-        )
-        self.device, self.hosts = self._backend.device, self._backend.hosts
+        self._release = weakref.finalize(self._backend, _release, self._backend.resources, identity, config.channels)
+        self.elastic: ElasticGroup | None = None
+        if elastic is None:
+            assert found is not None
+            self.rank, self.world_size = found.rank, found.world_size
+        else:
+            self.elastic = _elastic_group(self._backend)
+            self.rank, self.world_size = self.elastic.rank, self.elastic.max_ranks
+        self.device = self._backend.device
         self.local_experts = config.local_experts(self.world_size)
         self.buffer_bytes = self._backend.buffer_bytes
+
+    @property
+    def hosts(self) -> tuple[tuple[int, ...], ...]:
+        """The ranks of each host; of an elastic group those that take part."""
+        return self._backend.hosts
 
     # dispatch
 
@@ -315,11 +338,33 @@ def _check_layout(layout: str) -> None:
         raise InputError(f"layout={layout!r}; allowed: {', '.join(map(repr, LAYOUTS))}")
 
 
-def _backend(config: Config, options: Options, bootstrap: Bootstrap, device: str | torch.device) -> Backend:
+def _elastic_group(backend: Backend) -> ElasticGroup:
+    from moe_a2a.elastic.backend import ElasticBackend
+    from moe_a2a.elastic.group import ElasticGroup
+
+    assert isinstance(backend, ElasticBackend)
+    return ElasticGroup(backend)
+
+
+def _backend(
+    config: Config,
+    options: Options,
+    bootstrap: Bootstrap | None,
+    device: str | torch.device,
+    elastic: Elastic | None,
+    rank: int | None,
+) -> Backend:
     try:
         chosen = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise ConfigError(f"device={device!r}; allowed: 'cpu', 'cuda', 'cuda:0', ...") from error
+    if elastic is not None:
+        if chosen.type != "cpu":
+            raise ConfigError(f"elastic= is for CPU ranks; device is {str(device)!r}: leave elastic out on GPU ranks")
+        from moe_a2a.elastic.backend import ElasticBackend  # most groups need none of it
+
+        return ElasticBackend(config, options, elastic, bootstrap, rank)
+    assert bootstrap is not None  # of every group that is not joined later
     if chosen.type == "cpu":
         return CpuBackend(config, options, bootstrap)
     if chosen.type == "cuda":

@@ -20,9 +20,11 @@ class Backend(Protocol):
     """
 
     device: torch.device
-    hosts: tuple[tuple[int, ...], ...]
     buffer_bytes: int
     resources: ExitStack
+
+    @property
+    def hosts(self) -> tuple[tuple[int, ...], ...]: ...
 
     def dispatch(
         self,

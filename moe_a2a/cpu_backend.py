@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import TypeVar
 
@@ -15,10 +15,10 @@ from moe_a2a.combine import reduce_partials, sum_contributions
 from moe_a2a.config import Config, Options
 from moe_a2a.errors import ConfigError, HandleError, InputError, MoeA2AError, RankLost
 from moe_a2a.fp8 import FP8, ScaleFormat, quantize
-from moe_a2a.rendezvous import meet
-from moe_a2a.routing import rank_hits, receive
-from moe_a2a.step import Outgoing, Phase, RowFormat, Step
-from moe_a2a.transport.protocol import Transport
+from moe_a2a.rendezvous import Meeting, meet
+from moe_a2a.routing import Contribution, rank_hits, receive
+from moe_a2a.step import Outgoing, Phase, Roll, RowFormat, Step
+from moe_a2a.transport.protocol import SumOrder, Transport
 from moe_a2a.transport.wait import wait_tasks
 from moe_a2a.transport.wire import FloatArray, IntArray
 from moe_a2a.types import Dispatched, Handle, Layout, Masked
@@ -35,8 +35,13 @@ class CpuBackend:
     """A `Backend` for CPU ranks. Construction is collective. Raises ConfigError, EngineError, RankLost."""
 
     def __init__(self, config: Config, options: Options, bootstrap: Bootstrap) -> None:
+        self._prepare(config, options)
+        meeting = meet(config, options, bootstrap)
+        self.resources = meeting.resources
+        self._start(meeting, bootstrap.rank, bootstrap.world_size)
+
+    def _prepare(self, config: Config, options: Options) -> None:
         self.config, self.options, self.device = config, options, torch.device("cpu")
-        self.rank, self.world_size = bootstrap.rank, bootstrap.world_size
         self._health = Health()
         if options.fp8_only:
             raise ConfigError("fp8_only=True makes the buffers of GPU ranks smaller; leave it out on CPU ranks")
@@ -47,12 +52,14 @@ class CpuBackend:
             )
         if options.num_sms is not None:
             raise ConfigError(f"num_sms={options.num_sms} is for GPU ranks; leave it out on CPU ranks")
-        self._meeting = meet(config, options, bootstrap)
-        self.resources = self._meeting.resources
-        self._arena, self._transports = self._meeting.arena, self._meeting.transports
-        self.local_experts = config.local_experts(self.world_size)
+
+    def _start(self, meeting: Meeting, rank: int, world_size: int) -> None:
+        """world_size: the number of ranks that layouts have room for."""
+        config = self.config
+        self.rank, self.world_size, self._meeting = rank, world_size, meeting
+        self._arena, self._transports = meeting.arena, meeting.transports
+        self.local_experts = config.local_experts(world_size)
         self.buffer_bytes = self._arena.layout.nbytes
-        self.hosts = self._meeting.hosts.ranks_of
         self._unpacker = Unpacker(config, self.world_size, self.local_experts)
         self._number = [0] * len(config.channels)
         self._open: list[list[Step]] = [[] for _ in config.channels]
@@ -121,6 +128,7 @@ class CpuBackend:
             )
         row_format = RowFormat.PLAIN if fp8 is None else RowFormat.FP8 if fp8 == "fp32" else RowFormat.FP8_POW2
         hits = rank_hits(ids, self.local_experts, self.world_size)
+        roll = self._call_roll(index)
         self._number[index] += 1
         step = Step(
             index,
@@ -128,8 +136,10 @@ class CpuBackend:
             self._number[index],
             row_format,
             Outgoing(rows, ids, weights, row_scales, hits),
+            roll=roll,
         )
         self._open[index].append(step)
+        self._begin(step)
         self._each(lambda transport: transport.send_dispatch(step))
         return Handle(self, step, fp8, layout)
 
@@ -193,7 +203,7 @@ class CpuBackend:
             arrived = {}
 
         def reduce_and_send(transport: Transport) -> None:
-            reduce_partials(self._arena, step, y, arrived, transport.sources)
+            reduce_partials(self._arena, step, y, arrived, self._summed(step, transport, arrived))
             transport.send_combine(step, False)
 
         self._each(reduce_and_send)
@@ -207,7 +217,7 @@ class CpuBackend:
             out if out is not None else torch.empty((step.tokens, self.config.hidden_size), dtype=self.config.dtype)
         )
         sums = _merged(self._each(lambda transport: transport.recv_combine(step)))
-        sum_contributions(self._arena, [sums[order] for order in sorted(sums)], result)
+        self._add_up(step, sums, result)
         self._finish(step)
         return result
 
@@ -244,6 +254,26 @@ class CpuBackend:
         if not self._health.closed:
             self._health.closed = True
             self._unpacker.close()
+
+    # what is different in elastic groups
+
+    @property
+    def hosts(self) -> tuple[tuple[int, ...], ...]:
+        return self._meeting.hosts.ranks_of
+
+    def _call_roll(self, channel: int) -> Roll | None:
+        """Who takes part in the channel's next step. None: everybody, always."""
+        return None
+
+    def _begin(self, step: Step) -> None:
+        """Before memory of the step before last is used again."""
+
+    def _summed(self, step: Step, transport: Transport, arrived: Mapping[int, FloatArray]) -> Collection[int]:
+        """The sources that this rank's sums go to by this transport. arrived: the weights that came."""
+        return transport.sources
+
+    def _add_up(self, step: Step, sums: dict[SumOrder, Contribution], out: torch.Tensor) -> None:
+        sum_contributions(self._arena, [sums[order] for order in sorted(sums)], out)
 
     # helpers
 

@@ -60,7 +60,7 @@ class RankLost(MoeA2AError, TimeoutError):
 class ExcludedFromView(MoeA2AError):
     """This rank is not part of the group's view: it was found failed, or it left. What it would send is not wanted.
 
-    It may come back with `Member.rejoin()`, which gives it a new incarnation.
+    It may come back with `AllToAll.elastic.rejoin()`, or `Member.rejoin()`, which give it a new incarnation.
     """
 
 

@@ -29,7 +29,7 @@ from moe_a2a.transport.region import RegionLayout
 from moe_a2a.transport.shared import SharedMemoryTransport
 from moe_a2a.transport.wait import Watch, named
 
-_FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 #: Share of the time-out that a rank may wait where others wait for it in turn, so that the origin is blamed and not
 #: the forwarder.
 _FORWARD_SHARE = 0.8
@@ -96,7 +96,7 @@ def introduce(
         check()
         config.local_experts(world)
         return {
-            "version": _FORMAT_VERSION,
+            "version": FORMAT_VERSION,
             "device": {"device": device},
             "config": config.as_json(),
             "options": options.as_json(),
@@ -137,14 +137,14 @@ def _meet(config: Config, options: Options, bootstrap: Bootstrap, stack: ExitSta
     )
 
     def open_memory() -> tuple[HostMemory, FdServer, Engine | None]:
-        _check_memory(config, world, layout.nbytes, machine_total)
+        check_memory(config, world, layout.nbytes, machine_total)
         memory = HostMemory(layout.nbytes, len(peers), peers.index(rank))
         stack.callback(memory.close)
         server = FdServer(memory.fd, len(peers) - 1, options.timeout_s)
         stack.callback(server.close)
         engine = None
         if several_hosts:
-            address = options.host_address or os.environ.get("MOE_A2A_HOST_ADDRESS") or _own_address(one_network)
+            address = options.host_address or os.environ.get("MOE_A2A_HOST_ADDRESS") or own_address(one_network)
             engine = Engine.get(address, options.protocol, options.device_filter, options.metadata_server)
             start = memory.address(memory.index, layout.engine_start)
             engine.register(start, layout.nbytes - layout.engine_start)
@@ -213,7 +213,7 @@ def _compare(hellos: Sequence[dict[str, Any]]) -> None:
                     )
 
 
-def _check_memory(config: Config, world: int, region: int, machine_total: int) -> None:
+def check_memory(config: Config, world: int, region: int, machine_total: int) -> None:
     free = available_memory()
     if machine_total > free:
         raise ConfigError(
@@ -225,7 +225,7 @@ def _check_memory(config: Config, world: int, region: int, machine_total: int) -
         )
 
 
-def _own_address(one_network: bool) -> str:
+def own_address(one_network: bool) -> str:
     """Where other hosts reach this rank, when nobody said."""
     if one_network:
         return "127.0.0.1"

@@ -54,6 +54,36 @@ class Outgoing:
 
 
 @dataclass
+class Roll:
+    """Who takes part in a step of an elastic group. Latched from one view when the step begins, and never changed: a
+    rank that is lost later is missing.
+
+    epoch: of that view. reachable: the newest epoch whose ranks, those that wait to be activated included, this rank
+        could reach then. incarnations: rank -> incarnation of all that take part, this rank included. hosts: their
+        ranks by host, hosts ordered by their lowest rank..
+    missing: ranks that did not do their part, so that the result lacks it. left: ranks that left in order, so that
+        this step went on without them. summed: sources for whose tokens this rank has sums. returned: ranks whose sums
+        for this rank's tokens arrived.
+    epochs: `reachable` of the others, as they announced it. holders: source of another host -> rank of this host in
+        whose region its rows lie. rails: host (place in `hosts`) -> the rank there that has this rank's rows.
+    resent: hosts to which they went a second time, because the first rank there was lost.
+    """
+
+    epoch: int
+    reachable: int
+    incarnations: dict[int, int]
+    hosts: tuple[tuple[int, ...], ...]
+    missing: set[int] = field(default_factory=set)
+    left: set[int] = field(default_factory=set)
+    summed: set[int] = field(default_factory=set)
+    returned: set[int] = field(default_factory=set)
+    epochs: dict[int, int] = field(default_factory=dict)
+    holders: dict[int, int] = field(default_factory=dict)
+    rails: dict[int, int] = field(default_factory=dict)
+    resent: set[int] = field(default_factory=set)
+
+
+@dataclass
 class Step:
     """State of one step of one channel on this rank."""
 
@@ -74,6 +104,8 @@ class Step:
     traffic: Traffic = field(default_factory=Traffic)
     #: Where waits add how long they lasted for each rank, int64 [R] nanoseconds.
     wait_times: torch.Tensor | None = None
+    #: Of elastic groups only.
+    roll: Roll | None = None
 
     @property
     def parity(self) -> int:

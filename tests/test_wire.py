@@ -6,7 +6,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_a2a.transport.wire import NO_RANK, RECORD_BYTES, Kind, Record, Status, record_reader, write_record
+from moe_a2a.transport.wire import (
+    NO_RANK,
+    RECORD_BYTES,
+    Kind,
+    Record,
+    Spot,
+    Status,
+    record_reader,
+    withdraw,
+    withdrawn,
+    write_record,
+)
 
 AT = 64
 RECORD = Record(Kind.DISPATCH, 7, 2**62 + 5, rows=3, tokens=9, format=17, nbytes=12345)
@@ -23,6 +34,7 @@ records = st.builds(
     missing=st.integers(NO_RANK, 2**31 - 1),
     nbytes=st.integers(0, 2**64 - 1),
     epoch=st.integers(0, 2**32 - 1),
+    mask=st.integers(0, 2**64 - 1),
 )
 
 
@@ -94,3 +106,25 @@ def test_the_step_is_what_is_written_last():
     memory = Spy(mailbox(Record(RECORD.kind, 5, RECORD.incarnation, rows=99).pack()))
     write_record(memory, AT, RECORD)  # type: ignore[arg-type]
     assert len(seen) > 1 and seen[:-1] == [None] * (len(seen) - 1) and seen[-1] == RECORD
+
+
+@pytest.mark.parametrize("later", [1, 2])
+@pytest.mark.parametrize("far", [False, True], ids=["by its owner", "from another host"])
+def test_a_record_that_is_withdrawn_no_longer_stands_and_its_reader_is_late(later, far):
+    memory = mailbox()
+    spot = Spot(memoryview(memory), AT, RECORD.kind).aim(RECORD.step, RECORD.incarnation)
+    assert spot.poll() is None and not spot.stands() and not spot.passed()
+    write_record(memoryview(memory), AT, RECORD)
+    assert spot.poll() == RECORD and spot.stands() and not spot.passed()
+    if far:
+        memory[AT : AT + RECORD_BYTES] = withdrawn(RECORD.step + later)
+    else:
+        withdraw(memoryview(memory), AT, RECORD.step + later)
+    assert spot.poll() is None and not spot.stands() and spot.passed()
+
+
+def test_who_waits_for_the_next_record_is_not_late_while_its_place_is_made_free():
+    memory = mailbox(RECORD.pack())
+    spot = Spot(memoryview(memory), AT, RECORD.kind).aim(RECORD.step + 2, RECORD.incarnation)
+    withdraw(memoryview(memory), AT, RECORD.step + 2)
+    assert spot.poll() is None and not spot.stands() and not spot.passed()

@@ -35,12 +35,19 @@ class Arena:
     """One rank's view of the regions of its host."""
 
     def __init__(
-        self, config: Config, hosts: HostMap, rank: int, memory: HostMemory, incarnations: Mapping[int, int]
+        self,
+        config: Config,
+        hosts: HostMap,
+        rank: int,
+        memory: HostMemory,
+        incarnations: Mapping[int, int],
+        layout: RegionLayout | None = None,
     ) -> None:
+        """layout: of this rank's region (None: the one that follows from `hosts`)."""
         self.config, self.hosts, self.rank, self.memory = config, hosts, rank, memory
         self.host = hosts.host_of[rank]
         self.peers = hosts.peers(rank)
-        self.layout = RegionLayout.of(config, hosts, self.host)
+        self.layout = layout or RegionLayout.of(config, hosts, self.host)
         self.incarnations = incarnations
         self.index = {peer: i for i, peer in enumerate(self.peers)}
         self.numbers = np.arange(config.max_tokens_per_rank, dtype=np.int64)
@@ -150,7 +157,14 @@ class Arena:
     # records
 
     def record(
-        self, step: Step, kind: Kind, rows: int = 0, status: Status = Status.OK, missing: int = -1, nbytes: int = 0
+        self,
+        step: Step,
+        kind: Kind,
+        rows: int = 0,
+        status: Status = Status.OK,
+        missing: int = -1,
+        nbytes: int = 0,
+        mask: int = 0,
     ) -> Record:
         """A record of this rank about `step`."""
         return Record(
@@ -163,6 +177,8 @@ class Arena:
             status,
             missing,
             nbytes,
+            step.roll.reachable if step.roll else 0,
+            mask,
         )
 
     def announce(self, step: Step, kind: Kind, status: Status = Status.OK, rows: int = 0) -> None:

@@ -7,6 +7,7 @@ during bootstrap; it gets one read-only descriptor and the connection ends.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import secrets
 import socket
@@ -21,22 +22,23 @@ _CREDENTIALS = struct.Struct("3i")
 
 
 class FdServer:
-    """Hands `fd` to `expected` callers, then stops. `name` and `token` go to the peers through the bootstrap."""
+    """Hands `fd` to `expected` callers (None: to all that come), then stops. `name` and `token` go to the peers through
+    the bootstrap."""
 
-    def __init__(self, fd: int, expected: int, timeout_s: float) -> None:
+    def __init__(self, fd: int, expected: int | None, timeout_s: float) -> None:
         self.name = f"moe_a2a-{secrets.token_hex(8)}"
         self.token = secrets.token_hex(_TOKEN_BYTES)
-        self._fd, self._left = fd, expected
-        self._deadline = time.monotonic() + timeout_s
+        self._fd, self._left = fd, math.inf if expected is None else expected
+        self._deadline = math.inf if expected is None else time.monotonic() + timeout_s
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.bind("\0" + self.name)
-        self._socket.listen(max(1, expected))
+        self._socket.listen(64 if expected is None else max(1, expected))
         self._thread = threading.Thread(target=self._serve, name="moe_a2a-fd", daemon=True)
         self._thread.start()
 
     def _serve(self) -> None:
         while self._left and (left := self._deadline - time.monotonic()) > 0:
-            self._socket.settimeout(left)
+            self._socket.settimeout(None if left == math.inf else left)
             try:
                 connection, _ = self._socket.accept()
             except OSError:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterator
 
 #: Pause between two looks at the tasks while nobody waits, and before the first: a caller that sends and then waits
 #: drives them itself.
@@ -115,3 +115,13 @@ class Progress:
             if not self._waiters:
                 with contextlib.suppress(Exception):  # the caller's next wait raises it
                     self.drive()
+
+
+@contextlib.contextmanager
+def driving(progress: Progress | None) -> Iterator[Callable[[], bool]]:
+    """For the length of a wait: a call that advances a rank's own transfers, if it has any."""
+    if progress is None:
+        yield lambda: False
+        return
+    with progress:
+        yield progress.drive

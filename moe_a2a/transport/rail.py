@@ -31,7 +31,7 @@ from moe_a2a.transport.wait import CHECK_EVERY_S, Poll, Watch, out_of_time, wait
 from moe_a2a.transport.wire import RECORD_BYTES, FloatArray, Kind, Record, Status
 
 #: Share of the tokens from which on all are sent to a host: at most 3 % more bytes than needed.
-_NEARLY_ALL = 0.97
+NEARLY_ALL = 0.97
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class RailTransport:
             rows = np.flatnonzero(step.outgoing.hits[:, list(self._hosts.ranks_of[host])].any(axis=1))
             slot = block.host_slots[host]
             at = slot.rows
-            if len(rows) >= _NEARLY_ALL * step.tokens:
+            if len(rows) >= NEARLY_ALL * step.tokens:
                 # Nearly all tokens go there: send the published ones as they lie. A few rows too many cost less than
                 # a second copy.
                 arena.publish(step)

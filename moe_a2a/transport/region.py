@@ -75,9 +75,20 @@ class RegionLayout:
 
     @classmethod
     def of(cls, config: Config, hosts: HostMap, host: int) -> RegionLayout:
+        return cls._of(config, len(hosts.host_of), hosts.remote_hosts(host), hosts.remote_ranks(host))
+
+    @classmethod
+    def elastic(cls, config: Config, max_ranks: int, several_hosts: bool) -> RegionLayout:
+        """The region of any rank of an elastic group, alike for all, because nobody knows who comes later, and where.
+        host_slots: one per rank, used while that one is the rail peer; source_slots: one per rank."""
+        ranks = tuple(range(max_ranks)) if several_hosts else ()
+        return cls._of(config, max_ranks, ranks, ranks)
+
+    @classmethod
+    def _of(cls, config: Config, ranks: int, hosts: tuple[int, ...], sources: tuple[int, ...]) -> RegionLayout:
         cursor = _Cursor(CONTROL_BYTES)
         count = len(config.channels) * PARITIES
-        sums = len(hosts.host_of) * config.max_tokens_per_rank * config.row_bytes
+        sums = ranks * config.max_tokens_per_rank * config.row_bytes
         mailboxes = [cursor.take(MAILBOX_BYTES) for _ in range(count)]
         partials = [cursor.take(sums, config.row_bytes) for _ in range(count)]
         engine_start = cursor.take(0, PAGE)
@@ -86,8 +97,8 @@ class RegionLayout:
                 mailbox=mailboxes[i],
                 partials=partials[i],
                 publish=_rows(cursor, config),
-                host_slots={h: _slot(cursor, config) for h in hosts.remote_hosts(host)},
-                source_slots={s: _slot(cursor, config) for s in hosts.remote_ranks(host)},
+                host_slots={h: _slot(cursor, config) for h in hosts},
+                source_slots={s: _slot(cursor, config) for s in sources},
             )
             for i in range(count)
         ]

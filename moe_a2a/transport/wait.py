@@ -7,13 +7,13 @@ import os
 import select
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import torch
 
 from moe_a2a.errors import RankLost
 from moe_a2a.transport.memory import HostMemory
-from moe_a2a.transport.progress import Progress, Task
+from moe_a2a.transport.progress import Progress, Task, driving
 from moe_a2a.transport.wire import Record, Status
 
 Poll = Callable[[], Record | None]
@@ -36,16 +36,10 @@ class Watch:
         # The caller and the thread that drives transfers both look, and poll() refuses two at once.
         self._one_poll = threading.Lock()
 
-    @contextlib.contextmanager
-    def driving(self) -> Iterator[Callable[[], bool]]:
+    def driving(self) -> contextlib.AbstractContextManager[Callable[[], bool]]:
         """For the length of a wait: a call that advances this rank's own transfers, and raises the error of one that
         failed."""
-        progress = self._progress
-        if progress is None:
-            yield lambda: False
-            return
-        with progress:
-            yield progress.drive
+        return driving(self._progress)
 
     def add_process(self, rank: int, pid: int) -> None:
         """Watch a peer's process. pid 0 (a process of another pid namespace) cannot be watched: time-outs remain."""
@@ -100,7 +94,7 @@ def named(ranks: Iterable[int]) -> str:
     return f"rank {numbers[0]}" if len(numbers) == 1 else f"ranks {', '.join(numbers)}"
 
 
-class _Pause:
+class Pause:
     """Rests between two looks: gives way to other threads first, then naps for longer and longer."""
 
     def __init__(self) -> None:
@@ -130,7 +124,7 @@ def wait_for(
     found: dict[int, Record] = {}
     pending = dict(polls)
     started = checked = time.monotonic()
-    pause = _Pause()
+    pause = Pause()
     lost: RankLost | None = None
     with watch.driving() as drive:
         while True:
@@ -167,7 +161,7 @@ def wait_for(
 def wait_tasks(tasks: Collection[Task], budget_s: float, watch: Watch, what: str, ranks: Collection[int]) -> None:
     """Drive own transfers to their end. Raises RankLost naming `ranks` after the budget."""
     started = time.monotonic()
-    pause = _Pause()
+    pause = Pause()
     with watch.driving() as drive:
         while not all(task.done for task in tasks):
             if drive():

@@ -17,9 +17,11 @@ import numpy.typing as npt
 
 RECORD_BYTES = 64
 _MAGIC = b"MA2A"
-_RECORD = struct.Struct("<4sHHQQIIIIiQI8x")
+_RECORD = struct.Struct("<4sHHQQIIIIiQQI")
 _STEP_OFFSET = 8
-_CRC_END = 52
+_CRC_END = 60
+#: Bit of the step word of a record that is not to be believed any more (see `withdraw`).
+_WITHDRAWN = 1 << 63
 _ALIGN = 64
 
 NO_RANK = -1
@@ -45,7 +47,9 @@ class Status(IntEnum):
 @dataclass(frozen=True)
 class Record:
     """One announcement. rows: rows that lie in the announced place; tokens: T of the source in this step;
-    format: `RowFormat` code; missing: the rank that a FAULT is about; nbytes: bytes of the data write."""
+    format: `RowFormat` code; missing: the rank that a FAULT is about; nbytes: bytes of the data write; epoch: of the
+    newest view whose ranks the sender can reach; mask: a bit for each rank whose rows took part, in announcements of
+    sums of elastic groups."""
 
     kind: Kind
     step: int
@@ -57,6 +61,7 @@ class Record:
     missing: int = NO_RANK
     nbytes: int = 0
     epoch: int = 0
+    mask: int = 0
 
     def pack(self) -> bytes:
         head = _RECORD.pack(
@@ -71,10 +76,11 @@ class Record:
             self.format,
             self.missing,
             self.nbytes,
+            self.mask,
             0,
         )
         crc = zlib.crc32(head[:_CRC_END])
-        return head[:_CRC_END] + struct.pack("<I8x", crc)
+        return head[:_CRC_END] + struct.pack("<I", crc)
 
 
 def write_record(memory: memoryview, offset: int, record: Record) -> None:
@@ -98,16 +104,71 @@ def record_reader(
     def poll() -> Record | None:
         if int(step_word[0]) != step:
             return None
-        data = bytes(memory[offset : offset + RECORD_BYTES])
-        fields = _RECORD.unpack(data)
-        if fields[0] != _MAGIC or fields[1] != kind or fields[4] != incarnation or fields[3] != step:
-            return None
-        if fields[11] != zlib.crc32(data[:_CRC_END]):
-            return None
-        _, _, status, _, _, epoch, rows, tokens, row_format, missing, nbytes, _ = fields
-        return Record(kind, step, incarnation, rows, tokens, row_format, Status(status), missing, nbytes, epoch)
+        return _record(bytes(memory[offset : offset + RECORD_BYTES]), kind, step, incarnation)
 
     return poll
+
+
+def _record(data: bytes, kind: Kind, step: int, incarnation: int) -> Record | None:
+    """The record that these bytes are, if they are one of this kind, step and process."""
+    fields = _RECORD.unpack(data)
+    if fields[0] != _MAGIC or fields[1] != kind or fields[4] != incarnation or fields[3] != step:
+        return None
+    if fields[12] != zlib.crc32(data[:_CRC_END]):
+        return None
+    _, _, status, _, _, epoch, rows, tokens, row_format, missing, nbytes, mask, _ = fields
+    return Record(kind, step, incarnation, rows, tokens, row_format, Status(status), missing, nbytes, epoch, mask)
+
+
+def withdraw(memory: memoryview, offset: int, step: int) -> None:
+    """Say that what a record announced is about to be overwritten for `step`, before it is. Whoever has read rows then
+    looks at the record once more, and knows whether they were the announced ones."""
+    memory[offset + _STEP_OFFSET : offset + _STEP_OFFSET + 8] = struct.pack("<Q", step | _WITHDRAWN)
+
+
+def withdrawn(step: int) -> bytes:
+    """A record that does to a mailbox of another host what `withdraw` does."""
+    return bytes(_STEP_OFFSET) + struct.pack("<Q", step | _WITHDRAWN) + bytes(RECORD_BYTES - _STEP_OFFSET - 8)
+
+
+class Spot:
+    """A place for records of one kind, aimed at one step of one sender after another.
+
+    `poll` reads the record, None until it is there; `stands` tells whether it is still there, and so what it announced;
+    `passed` whether the sender has gone on to later steps.
+    """
+
+    def __init__(self, memory: memoryview, offset: int, kind: Kind) -> None:
+        self._memory, self._offset, self._kind = memory, offset, kind
+        self._step = self._incarnation = -1
+        self._word = np.frombuffer(memory, np.uint64, 1, offset + _STEP_OFFSET)
+
+    def aim(self, step: int, incarnation: int) -> Spot:
+        self._step, self._incarnation = step, incarnation
+        return self
+
+    def poll(self) -> Record | None:
+        if int(self._word[0]) != self._step:
+            return None
+        data = bytes(self._memory[self._offset : self._offset + RECORD_BYTES])
+        return _record(data, self._kind, self._step, self._incarnation)
+
+    def stands(self) -> bool:
+        return int(self._word[0]) == self._step
+
+    def passed(self) -> bool:
+        return int(self._word[0]) & ~_WITHDRAWN > self._step
+
+
+def step_words(memory: memoryview, offset: int, count: int) -> npt.NDArray[np.uint64]:
+    """The step words of `count` records that lie one after the other, for `withdrawn_word`."""
+    words: npt.NDArray[np.uint64] = np.frombuffer(memory, np.uint64, count * RECORD_BYTES // 8, offset)
+    return words[_STEP_OFFSET // 8 :: RECORD_BYTES // 8]
+
+
+def withdrawn_word(step: int) -> np.uint64:
+    word: np.uint64 = np.uint64(step | _WITHDRAWN)
+    return word
 
 
 def _padded(nbytes: int) -> int:

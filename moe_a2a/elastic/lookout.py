@@ -1,0 +1,186 @@
+"""Who takes part in a step, and waits that end as soon as the one that is waited for is lost (DESIGN.md D5)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+from moe_a2a.errors import ExcludedFromView
+from moe_a2a.membership.member import Member
+from moe_a2a.membership.view import View
+from moe_a2a.step import Roll, Step
+from moe_a2a.transport.progress import Progress, driving
+from moe_a2a.transport.wait import CHECK_EVERY_S, Pause
+from moe_a2a.transport.wire import Record, Spot
+
+K = TypeVar("K", bound=Hashable)
+#: Tells the group that a process failed: rank, incarnation, evidence.
+Accuse = Callable[[int, int, str], None]
+
+
+@dataclass
+class Awaited:
+    """Something that a rank waits for.
+
+    spots: where its record may come, by the rank that receives or sends it there; the likeliest first. rank: whom
+    `times` counts the wait for. gone: tells that it will not come. blame: the rank to be accused if it does not come in
+    time, None for nobody. came: the key of the spot where it came.
+    """
+
+    spots: dict[int, Spot]
+    rank: int
+    gone: Callable[[], bool]
+    blame: Callable[[], int | None]
+    came: int = -1
+
+    def poll(self, everywhere: bool) -> Record | None:
+        """everywhere: look at more than the likeliest spot."""
+        for key, spot in self.spots.items():
+            record = spot.poll()
+            if record is not None:
+                self.came = key
+                return record
+            if not everywhere:
+                break
+        return None
+
+    def passed(self) -> bool:
+        """Whether its sender went on to later steps: this rank is late, and nobody is to blame."""
+        return any(spot.passed() for spot in self.spots.values())
+
+
+@dataclass(frozen=True)
+class _Members:
+    """Who takes part in the steps `since` to `until` of a channel, by one view."""
+
+    epoch: int
+    since: int
+    until: float
+    incarnations: dict[int, int]
+    hosts: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, view: View, index: int, number: int) -> _Members:
+        ranks = view.members(view.channels[index], number)
+        by_host: dict[str, list[int]] = {}
+        for rank in ranks:
+            endpoint = view.slots[rank].endpoint
+            assert endpoint is not None  # of a slot that takes part
+            by_host.setdefault(endpoint.host, []).append(rank)
+        turns = [step for slot in view.slots if slot.takes_part for steps in (slot.first, slot.last) for step in steps]
+        until = min((step for step in turns if step > number), default=float("inf"))
+        return cls(view.epoch, number, until, view.incarnations(ranks), tuple(tuple(h) for h in by_host.values()))
+
+
+class Lookout:
+    """Knows who takes part, from the page that the host's watcher writes, and who missed a budget here."""
+
+    def __init__(self, member: Member, accuse: Accuse, progress: Progress | None) -> None:
+        self._member, self._page, self._tell, self._progress = member, member.page, accuse, progress
+        #: Newest epoch whose ranks this rank can reach.
+        self.reachable = 0
+        self._suspects: dict[int, int] = {}
+        self._members: dict[int, tuple[int, _Members]] = {}
+
+    def roll(self, channel: int, number: int) -> Roll:
+        """Who takes part in a step that begins now. Raises ExcludedFromView if this rank does not."""
+        self._member.check()
+        sequence = self._page.sequence
+        kept = self._members.get(channel)
+        if kept is None or kept[0] != sequence or not kept[1].since <= number < kept[1].until:
+            kept = self._members[channel] = (sequence, _Members.of(self._member.view, channel, number))
+        members = kept[1]
+        if self._member.rank not in members.incarnations:
+            raise ExcludedFromView(
+                f"rank {self._member.rank} takes no part in step {number} of channel {channel} "
+                f"(epoch {members.epoch}): it has left, or joins later"
+            )
+        roll = Roll(members.epoch, self.reachable, members.incarnations, members.hosts)
+        roll.missing.update(rank for rank in members.incarnations if self.lost(roll, rank))
+        return roll
+
+    def lost(self, roll: Roll, rank: int) -> bool:
+        """Whether a rank that takes part in a step is out of the view, dead, or suspected here."""
+        incarnation = roll.incarnations[rank]
+        return (
+            self._suspects.get(rank) == incarnation
+            or not self._page.takes_part(rank, incarnation)
+            or self._page.is_dead(rank, incarnation)
+        )
+
+    def accuse(self, roll: Roll, rank: int, evidence: str) -> None:
+        """Leave a rank out from now on, and tell the group."""
+        incarnation = roll.incarnations[rank]
+        if self._suspects.get(rank) != incarnation:
+            self._suspects[rank] = incarnation
+            self._tell(rank, incarnation, evidence)
+
+    def check(self) -> None:
+        """Raises ExcludedFromView if this rank is outside the view."""
+        self._member.check()
+
+    def note_leavers(self, step: Step) -> None:
+        """Strike those that, by a newer view, left in order before this step."""
+        roll = step.roll
+        assert roll is not None
+        if self._page.epoch == roll.epoch:
+            return
+        slots = self._member.view.slots
+        for rank, incarnation in roll.incarnations.items():
+            slot = slots[rank]
+            if slot.incarnation == incarnation and slot.last and slot.last[step.channel] <= step.number:
+                roll.left.add(rank)
+
+    def wait(
+        self, step: Step, awaited: Mapping[K, Awaited], budget_s: float, what: str
+    ) -> tuple[dict[K, Record], list[K]]:
+        """Wait for records, and drive this rank's own transfers meanwhile. Returns (those that came, what did not).
+
+        Who sends nothing within the budget is accused. Raises ExcludedFromView if this rank itself is outside.
+        """
+        roll = step.roll
+        assert roll is not None
+        found: dict[K, Record] = {}
+        lost: list[K] = []
+        pending = dict(awaited)
+        gone: set[K] = set()
+        started = checked = time.monotonic()
+        everywhere, late = True, False
+        pause = Pause()
+        with driving(self._progress) as drive:
+            while True:
+                before = len(pending)
+                for key in list(pending):
+                    record = pending[key].poll(everywhere)
+                    if record is not None:
+                        found[key] = record
+                        item = pending.pop(key)
+                        if step.wait_times is not None:
+                            step.wait_times[item.rank] += int((time.monotonic() - started) * 1e9)
+                    elif key in gone:  # what came before the loss was seen has been read by now
+                        lost.append(key)
+                        del pending[key]
+                if not pending:
+                    return found, lost
+                if late:
+                    for item in pending.values():
+                        blamed = None if item.passed() else item.blame()
+                        if blamed is not None:
+                            self.accuse(roll, blamed, f"{what} of {step}: sent nothing within {budget_s:g} s")
+                    return found, [*lost, *pending]
+                everywhere = False
+                if drive() or len(pending) < before:
+                    pause.reset()
+                    continue
+                pause.rest()
+                now = time.monotonic()
+                if now - checked >= CHECK_EVERY_S:
+                    checked, everywhere = now, True
+                    self.check()
+                    self.note_leavers(step)
+                    gone.update(
+                        key for key, item in pending.items() if item.gone() or item.rank in roll.left or item.passed()
+                    )
+                late = now - started > budget_s

@@ -1,0 +1,133 @@
+"""Processes that come to an elastic group and leave it while it serves."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from elastic_steps import CASE, Made, Where, elastic_a2a, new_group, run_out, serve
+from ranks import Ctx, run_ranks
+
+from moe_a2a import AllToAll, ConfigError, Elastic, ExcludedFromView, JoinRefused, Options
+
+FATAL_STEP = 9
+
+
+def _all_of(ranks: int) -> Any:
+    return lambda step: step.members == list(range(ranks)) and not step.missing
+
+
+def _replace(ctx: Ctx, where: Where, victim: int) -> tuple[list[Made], float]:
+    """The last process of the test takes the slot of a rank that is killed. Returns its steps, and how long joining
+    took."""
+    joins = ctx.rank == ctx.world - 1
+    if joins:
+        ctx.store.wait(["somebody is missing"])
+        started = time.monotonic()
+        a2a = elastic_a2a(ctx, where, 0, join=victim)
+        run_out(a2a)
+        took = time.monotonic() - started
+    else:
+        a2a, took = elastic_a2a(ctx, where, ctx.world - 1), 0.0
+
+    def before(number: int, move: str) -> None:
+        if ctx.rank == victim and number == FATAL_STEP:
+            os.kill(os.getpid(), signal.SIGKILL)
+        tells = number > FATAL_STEP and ctx.rank == (victim + 1) % (ctx.world - 1)
+        if tells and a2a.elastic.ranks != tuple(range(ctx.world - 1)):
+            ctx.store.set("somebody is missing", "1")
+
+    with a2a:
+        assert a2a.rank == (victim if joins else ctx.rank)
+        made = serve(ctx, a2a, lambda step: step.number > FATAL_STEP + 1 and _all_of(ctx.world - 1)(step), before)
+        return made, took
+
+
+@pytest.mark.parametrize("hosts, victim", [(["a"] * 5, 0), (["a", "a", "b", "b", "b"], 2), (["a", "b", "c", "a"], 1)])
+def test_a_new_process_takes_the_slot_of_a_dead_one(hosts, victim):
+    """On its host, as its rail peer, and on a host that the group did not know."""
+    results = run_ranks(_replace, len(hosts), new_group(), victim, hosts=hosts, dies=[victim])
+    assert results[-1][1] < 3.0
+    for rank, (made, _) in ((r, result) for r, result in enumerate(results) if r != victim):
+        assert made[-1].members == list(range(len(hosts) - 1)) and not made[-1].missing
+        came = [step for step in made if step.number > FATAL_STEP + 1 and len(step.members) == len(hosts) - 1]
+        after = [step for step in came if step.missing and rank != len(hosts) - 1]
+        assert not [step for step in after if victim not in step.missing], after
+
+
+def _scale(ctx: Ctx, where: Where, few: int) -> list[Made]:
+    """The first few ranks found, the others come, stay for some steps, and leave."""
+    joins = ctx.rank >= few
+    if joins:
+        ctx.store.wait(["come"])
+        a2a = elastic_a2a(ctx, where, 0, join=-1 if ctx.rank % 2 else ctx.rank)
+    else:
+        a2a = elastic_a2a(ctx, where, few, max_ranks=ctx.world)
+    with a2a:
+        if not joins:
+            for _ in range(5):
+                run_out(a2a)
+            if ctx.rank == 0:
+                ctx.store.set("come", "1")
+        made = serve(ctx, a2a, _all_of(ctx.world), key="all are there")
+        if joins:
+            a2a.elastic.leave(steps=ctx.rank)
+            for _ in range(ctx.rank):
+                run_out(a2a)
+            with pytest.raises(ExcludedFromView, match="has left"):
+                run_out(a2a)
+            return made
+        return made + serve(ctx, a2a, _all_of(few), key="they have left")
+
+
+@pytest.mark.parametrize("hosts", [["a"] * 6, ["a", "b", "a", "b", "b", "c"]])
+def test_a_group_grows_and_shrinks_without_a_bad_step(hosts):
+    results = run_ranks(_scale, 6, new_group(), 3, hosts=hosts)
+    for rank, made in enumerate(results):
+        assert not [step for step in made if step.missing], [step for step in made if step.missing]
+        if rank < 3:
+            assert [step.number for step in made] == list(range(6, 6 + len(made)))
+            assert made[-1].members == [0, 1, 2]
+
+
+def _refused(ctx: Ctx, where: Where) -> list[Made]:
+    if ctx.rank < 2:
+        with elastic_a2a(ctx, where, 2, max_ranks=4) as a2a:
+            ctx.store.set("founded", "1")
+            return serve(ctx, a2a, lambda step: ctx.store.check(["refused"]))
+
+    def join(match: str, case: Any = CASE, rank: int | None = None, host: str | None = None, **elastic: Any) -> None:
+        given = Elastic(where.store, **{"group": where.group, "join": True, **elastic})
+        with pytest.raises(JoinRefused, match=match):
+            AllToAll(case.config(), rank=rank, options=Options(timeout_s=10.0, host=host or ctx.host), elastic=given)
+
+    ctx.store.wait(["founded"])
+    join("hidden_size differs", CASE.replace(hidden=256))
+    join("slot 1 is taken", rank=1)
+    join("slot 4 does not exist", rank=4)
+    join("max_ranks differs", max_ranks=8)
+    join("founded on one host", host="elsewhere")
+    join("knows no group", group="nobody")
+    ctx.store.set("refused", "1")
+    return []
+
+
+def test_who_does_not_fit_is_refused_and_the_group_does_not_notice():
+    results = run_ranks(_refused, 3, new_group())
+    for made in results[:2]:
+        assert all(step.members == [0, 1] and not step.missing for step in made)
+
+
+def test_elastic_groups_are_refused_where_they_cannot_be():
+    with pytest.raises(ConfigError, match="elastic= is for CPU ranks"):
+        AllToAll(CASE.config(), store=dist.HashStore(), rank=0, world_size=1, device="cuda", elastic=Elastic())
+    with pytest.raises(ConfigError, match="needs store="):
+        Elastic(join=True)
+    with pytest.raises(ConfigError, match="1 to 64"):
+        Elastic(max_ranks=65)
+    with pytest.raises(ConfigError, match="leave group, store, world_size out"):
+        AllToAll(CASE.config(), world_size=2, elastic=Elastic("tcp://127.0.0.1:1", join=True))

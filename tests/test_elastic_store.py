@@ -1,0 +1,105 @@
+"""The membership store goes away and comes back while a group serves and loses a rank."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from elastic_steps import MOVES, ElasticFlight, Made, Where, elastic_a2a, serve
+from ranks import Ctx, run_ranks
+
+from moe_a2a import cpu_backend
+from moe_a2a.membership.store_process import start_store
+
+sys.path.insert(0, str(Path(__file__).parent / "membership"))
+from stores import serving
+
+AWAY, LOST, BACK = 10, 20, 40
+TIMEOUT_S = 2.0
+
+
+def _without_a_store(ctx: Ctx, where: Where, store_pid: int, victim: int, how: int) -> list[Made]:
+    with elastic_a2a(ctx, where, ctx.world, timeout_s=TIMEOUT_S) as a2a:
+        others = [rank for rank in range(ctx.world) if rank != victim]
+        starts: list[threading.Thread] = []
+
+        def before(number: int, move: str) -> None:
+            if move != "send":
+                return
+            if number == AWAY and ctx.rank == others[0]:
+                os.kill(store_pid, signal.SIGKILL)
+            if number == LOST and ctx.rank == victim:
+                ctx.store.set("victim", str(os.getpid()))
+                os.kill(os.getpid(), how)
+            if number >= BACK and ctx.rank == others[0] and not starts and a2a.elastic.frozen:
+                # Beside the steps: it takes longer than the others would wait for this rank.
+                starts.append(threading.Thread(target=start_store, args=(where.store.removeprefix("tcp://"),)))
+                starts[0].start()
+
+        made = serve(ctx, a2a, lambda step: step.members == others and not step.missing, before)
+        if ctx.rank == others[0] and how == signal.SIGSTOP:
+            os.kill(int(ctx.store.get("victim")), signal.SIGKILL)
+        return made
+
+
+@pytest.mark.parametrize("hosts, victim, how", [(1, 1, signal.SIGKILL), (2, 3, signal.SIGSTOP)])
+def test_steps_go_on_while_the_store_is_away_and_say_who_is_missing(hosts, victim, how):
+    where = Where(start_store(), "without_a_store")
+    results = run_ranks(_without_a_store, 4, where, serving(where.store), victim, how, hosts=hosts, dies=[victim])
+    for made in (result for rank, result in enumerate(results) if rank != victim):
+        assert all(not step.missing for step in made if step.number < LOST)
+        assert all(step.missing == [victim] for step in made if LOST < step.number < BACK)
+        assert all(step.seconds < 1.0 for step in made if LOST < step.number < BACK), "each step waits anew"
+        assert not made[-1].missing and victim not in made[-1].members
+
+
+def _late(ctx: Ctx, where: Where, store_pid: int, victim: int) -> list[Made] | tuple[list[int], list[int]]:
+    """One rank sleeps between the records of a step and the copy of its rows, until the others have gone on without it
+    and have used their memory again."""
+    with elastic_a2a(ctx, where, ctx.world, timeout_s=1.0) as a2a:
+        others = [rank for rank in range(ctx.world) if rank != victim]
+
+        def before(number: int, move: str) -> None:
+            if (number, move) == (AWAY, "send") and ctx.rank == others[0]:
+                os.kill(store_pid, signal.SIGKILL)
+
+        if ctx.rank != victim:
+            return serve(ctx, a2a, lambda step: step.number > LOST + 20, before)
+        for _ in range(LOST):
+            flight = ElasticFlight(a2a)
+            for move in MOVES:
+                getattr(flight, move)()
+        flight = ElasticFlight(a2a)
+        flight.send()
+        real = cpu_backend.receive
+
+        def sleepy(*args: object) -> object:
+            cpu_backend.receive = real
+            time.sleep(3.0)
+            return real(*args)
+
+        cpu_backend.receive = sleepy
+        flight.receive()
+        missing = flight.missing
+        flight.send_back()
+        flight.finish()
+        return missing, flight.missing
+
+
+@pytest.mark.parametrize("hosts, victim, torn", [(1, 1, [0, 2, 3]), (2, 2, [1, 3])])
+def test_rows_that_were_overwritten_while_they_were_read_are_left_out(hosts, victim, torn):
+    """Those of rank 0 are in the late rank's own memory if it is on another host, and nobody has touched them."""
+    where = Where(start_store(), "late")
+    results = run_ranks(_late, 4, where, serving(where.store), victim, hosts=hosts)
+    others = [rank for rank in range(4) if rank != victim]
+    assert results[victim] == (torn, torn)
+    for rank in others:
+        # The late rank is rank 0's rail peer: with it goes what its host has for rank 0 in that step.
+        with_it = {victim, 3} if hosts > 1 and rank == 0 else {victim}
+        assert all(set(step.missing) <= (with_it if step.number == LOST + 1 else {victim}) for step in results[rank])
+        assert results[rank][-1].missing == [victim]
