@@ -63,8 +63,11 @@ def _scale(ctx: Ctx, where: Where, few: int) -> list[Made]:
     """The first few ranks found, the others come, stay for some steps, and leave."""
     joins = ctx.rank >= few
     if joins:
-        ctx.store.wait(["come"])
-        a2a = elastic_a2a(ctx, where, 0, join=-1 if ctx.rank % 2 else ctx.rank)
+        # Who asks for a slot comes before those that take whichever is free.
+        ctx.store.wait(["come" if ctx.rank == 4 else "rank 4 came"])
+        a2a = elastic_a2a(ctx, where, 0, join=ctx.rank if ctx.rank == 4 else -1)
+        if ctx.rank == 4:
+            ctx.store.set("rank 4 came", "1")
     else:
         a2a = elastic_a2a(ctx, where, few, max_ranks=ctx.world)
     with a2a:
