@@ -82,13 +82,14 @@ def receive_rows(
     ends = tl.where(whole, ends, 0)
     total = tl.sum(rows, 0)
 
-    into = region.to(tl.int64) + own_block.to(tl.int64) * L.parity_bytes
-    for number in range(pid * BLOCK, L.CAPACITY, programs * BLOCK):
-        row = number + tl.arange(0, BLOCK)
-        if not KNOWN:
-            _clear(into, row, (row >= total) & (row < L.CAPACITY), WEIGHTS, L)
-        if PACK:
-            _pack(into, row, row < total, packed, L)
+    if not KNOWN or PACK:
+        into = region.to(tl.int64) + own_block.to(tl.int64) * L.parity_bytes
+        for number in range(pid * BLOCK, L.CAPACITY, programs * BLOCK):
+            row = number + tl.arange(0, BLOCK)
+            if not KNOWN:
+                _clear(into, row, (row >= total) & (row < L.CAPACITY), WEIGHTS, L)
+            if PACK:
+                _pack(into, row, row < total, packed, L)
 
     if pid == 0:
         e = tl.arange(0, EXPERTS)

@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 
-import torch
+import operators
 
 _sglang = importlib.util.find_spec("sglang")
 if _sglang is not None and _sglang.origin is not None:
-    # torchvision from a package index is built for CUDA; on a CPU its import needs these two to exist.
-    _boxes = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-    for _name in ("nms", "qnms"):
-        torch.library.define(f"torchvision::{_name}", _boxes)
+    operators.declare()

@@ -9,13 +9,11 @@ import dataclasses
 import inspect
 from typing import Any
 
+import operators
 import torch
 
-if not torch.cuda.is_available():
-    for _name in ("nms", "qnms"):
-        if not hasattr(torch.ops.torchvision, _name):
-            _boxes = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-            torch.library.define(f"torchvision::{_name}", _boxes)
+if not torch.cuda.is_available() and not hasattr(torch.ops.torchvision, "nms"):
+    operators.declare()
 
 from sglang.srt.batch_overlap import two_batch_overlap
 from sglang.srt.layers.moe import utils as moe_utils

@@ -11,21 +11,16 @@ import pytest
 
 pytest.importorskip("sglang.srt", reason="SGLang is not installed: make test-sglang")
 
+import operators
 import sglang
 import sglang_process
 from servers import FLAGS, MOONCAKE
-
-_SITE = """
-import torch
-for name in ("nms", "qnms"):
-    torch.library.define("torchvision::" + name, "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-"""
 
 
 def launch(site: Path, *flags: str, **env: str) -> subprocess.CompletedProcess[str]:
     """Run `sglang.launch_server` on this machine; without a GPU it ends by itself."""
     sglang_process.make_site(site)
-    (site / "sitecustomize.py").write_text(_SITE)
+    (site / "sitecustomize.py").write_text(operators.PROGRAM)
     sources = str(Path(sglang.__file__).parents[1])
     environment = {
         **os.environ,

@@ -20,6 +20,7 @@ import pytest
 
 pytest.importorskip("sglang.srt", reason="SGLang is not installed: make test-sglang")
 
+import operators
 import sglang
 from servers import FLAGS, MOONCAKE, Failed, in_child, is_active, load_plugins, resolve
 from sglang.srt.managers.scheduler import Scheduler
@@ -281,10 +282,8 @@ def test_layers_that_no_runner_serves_stop_the_server(quantisation: str | None, 
 
 # What it costs.
 
-_IMPORTED = """
+_IMPORTED = f"""{operators.PROGRAM}
 import json, sys, time, torch
-for name in ("nms", "qnms"):
-    torch.library.define("torchvision::" + name, "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 import sglang.srt.plugins, sglang.srt.server_args
 from sglang.srt.plugins.hook_registry import HookRegistry
 before, begin = set(sys.modules), time.perf_counter()
