@@ -24,7 +24,7 @@ def install() -> None:
     pg = importlib.import_module(_OURS)
     if sys.modules.get(_THEIRS, pg) is not pg:
         raise ConfigError(
-            "mooncake.pg is imported already, and has registered its backends; call install() before anything imports it"
+            "mooncake.pg is imported already and has registered its backends; call install() before anything imports it"
         )
     try:
         package = importlib.import_module("mooncake")
