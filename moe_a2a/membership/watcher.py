@@ -29,7 +29,7 @@ from moe_a2a.membership.daemon import detach, log_file, settle, shared_secret
 from moe_a2a.membership.link import StoreLink
 from moe_a2a.membership.page import Page, Process
 from moe_a2a.membership.registered import Registered
-from moe_a2a.membership.store import change
+from moe_a2a.membership.store import applied_name, change
 from moe_a2a.membership.view import View, mark_failed, move_watcher
 from moe_a2a.membership.wire import decode_json, encode_json, encode_view
 
@@ -160,6 +160,9 @@ class Watcher:
             self._tell(addresses, view)
         for rank in list(self._ranks.values()):
             rank.send({"epoch": view.epoch})
+        if len(view.watchers()) > 1:  # others may wait for this (`Member.settle`)
+            name, said = applied_name(self.settings.host), str(view.epoch).encode()
+            self.link.submit(lambda store: store.put(name, said), lambda _, error: None)
         if self.channel is not None:
             self._check_address(view, self.channel.address)
 
