@@ -18,9 +18,11 @@ from moe_a2a.collectives.rounds import Call, Moved, entered
 from moe_a2a.collectives.signature import Signature
 from moe_a2a.collectives.work import CollectiveWork
 from moe_a2a.errors import ExcludedFromView, MoeA2AError, RankLost
+from moe_a2a.transport.wait import Pause, named
 
 COLLECTIVES = "collectives"
 _WRITE_SHARE = 0.5
+_LOOK_S = 1e-3
 #: Operations after a failure in which a rank may still be reading what this one overwrites.
 _UNSURE = 3
 
@@ -234,6 +236,41 @@ class Group:
             while not self.roster.masked(roll, mine) and time.monotonic() < deadline:
                 self.roster.check()
                 yield
+
+    # failures
+
+    @property
+    def failure_pending(self) -> bool:
+        """Whether a rank is lost that this process still counts on."""
+        with contextlib.suppress(ExcludedFromView):
+            roll = self.roster.roll()
+            return any(self.roster.lost(roll, rank) for rank in roll.ranks)
+        return True
+
+    def sync(self) -> int:
+        """Wait for a view without the ranks that are lost here, and go by it. Returns its epoch. Raises
+        ExcludedFromView, MoeA2AError."""
+        deadline = time.monotonic() + self.options.reconcile_s
+        while True:
+            roll = self.roster.sync()
+            lost = [rank for rank in roll.ranks if self.roster.lost(roll, rank)]
+            if not lost:
+                return roll.epoch
+            if time.monotonic() > deadline:
+                raise MoeA2AError(
+                    f"the view (epoch {roll.epoch}) still has {named(lost)} after {self.options.reconcile_s:g} s; is the "
+                    "membership store away?"
+                )
+            time.sleep(_LOOK_S)
+
+    def drain(self) -> None:
+        """Wait until everything that has begun has ended."""
+        pause = Pause()
+        while not self.driver.idle:
+            if self.driver.advance():
+                pause.reset()
+            else:
+                pause.rest()
 
     def close(self) -> None:
         self.driver.close()

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from moe_a2a.collectives import algorithms
+from moe_a2a.collectives.admission import Admission, Proposal
 from moe_a2a.collectives.arguments import (
     bytes_of,
     check_pieces,
@@ -22,7 +23,7 @@ from moe_a2a.collectives.arguments import (
     same_dtype,
     split_rows,
 )
-from moe_a2a.collectives.base import Base, TorchStore, alone, found
+from moe_a2a.collectives.base import Base, TorchStore, alone, enter, found
 from moe_a2a.collectives.group import Group
 from moe_a2a.collectives.options import Options
 from moe_a2a.collectives.reductions import reduction_of
@@ -63,6 +64,7 @@ class ProcessGroupMoeA2A(dist.ProcessGroup):
             assert store is not None
             base = found(store, rank, size, self._timeout_s, self._options)
         self._group = self._of(base)
+        self._admission = Admission(self.slots, self._options.reconcile_s, lambda: self._group.base.member)
 
     def _of(self, base: Base) -> Group:
         options = self._options
@@ -109,6 +111,48 @@ class ProcessGroupMoeA2A(dist.ProcessGroup):
     @property
     def options(self) -> Options:
         return self._options
+
+    def peer_ready(self, ranks: Sequence[int]) -> list[bool]:
+        """For each slot, whether a process waits there to be activated, or takes part already and lives. Asks nobody."""
+        return self._admission.peer_ready(ranks)
+
+    def join(self) -> None:
+        """Come to the group: take the slot `rank()`, wait until a member has activated it, and take part from the
+        group's next operation on. Also for a process that was found failed, or was deactivated, and is still there.
+
+        Operations that have begun are waited for. Raises JoinRefused (the slot is taken, or what was given differs from
+        the group's), StoreAway, MoeA2AError if nobody activates it within reconcile_s.
+        """
+        self._group.drain()
+        self._group.close()
+        base = enter(self._store, self._slot, self._options, self._options.reconcile_s)
+        assert base.member is not None
+        self._group = self._of(base)
+        self._admission.revive()
+        base.member.wait_active(self._options.reconcile_s)
+
+    def activate(self, ranks: Sequence[int]) -> Proposal:
+        """Let processes that are ready take part; wait for their readiness up to reconcile_s. Any one member may ask;
+        ranks that take part already stay as they are."""
+        return self._admission.activate(ranks)
+
+    def deactivate(self, ranks: Sequence[int]) -> Proposal:
+        """Take ranks out of the group in order, those that failed too: when this returns no member's next operation has
+        them. Ranks that do not take part are ignored. Such a process may `join()` again."""
+        return self._admission.deactivate(ranks)
+
+    def sync_after_failure(self) -> int:
+        """Wait until the view is without the ranks that operations here have lost, and go by it from now on. Returns
+        its epoch. What on_failure="deferred" needs after a failure; without one it returns at once.
+
+        Raises ExcludedFromView, MoeA2AError (there is no such view within reconcile_s).
+        """
+        return self._group.sync()
+
+    @property
+    def failure_pending(self) -> bool:
+        """Whether an operation here has lost a rank that this process still counts on."""
+        return self._group.failure_pending
 
     # collectives, by the names under which torch calls them
 
