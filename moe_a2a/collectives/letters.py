@@ -97,7 +97,9 @@ class Letters:
                 pair.broken = ""
                 return
 
-    def receive(self, roll: Roll, source: int, data: torch.Tensor, dtype: torch.dtype, tag: int, budget_s: float) -> Steps:
+    def receive(
+        self, roll: Roll, source: int, data: torch.Tensor, dtype: torch.dtype, tag: int, budget_s: float
+    ) -> Steps:
         """data: [nbytes] uint8. Raises Lost, MoeA2AError, InputError if the message is another one than expected; it is
         then taken and dropped."""
         pair = _pair(self._in, source, roll, "from")
@@ -119,9 +121,9 @@ class Letters:
             size, kind = header
             if header != expected:
                 problem = (
-                    f"rank {source} sent {size} bytes of {dtype_name(kind & 0xFF)} with tag {kind >> _DTYPE_BITS}, and "
-                    f"this receive is for {len(data)} bytes of {dtype_name(expected[1] & 0xFF)} with tag {tag}; messages "
-                    "of two ranks are received in the order in which they were sent"
+                    f"rank {source} sent {size} bytes of {dtype_name(kind & 0xFF)} with tag {kind >> _DTYPE_BITS}, "
+                    f"and this receive is for {len(data)} bytes of {dtype_name(expected[1] & 0xFF)} with tag {tag}; "
+                    "messages of two ranks are received in the order in which they were sent"
                 )
             part = min(self._layout.letter, size - taken)
             if not problem:

@@ -1,12 +1,12 @@
 """One operation of all ranks, round by round: everybody enters, everybody sees that everybody has, data are read.
 
-A round of an operation is announced by an entry: its number, the epoch of the view, and what is called. Whoever sees the
-same entry of all others goes on. So all ranks of an operation have one view and call the same thing, and what the last
-round but one announced may be overwritten, because everybody has come to the round after it.
+A round of an operation is announced by an entry: its number, the epoch of the view, and what is called. Whoever sees
+the same entry of all others goes on. So all ranks of an operation have one view and call the same thing, and what the
+last round but one announced may be overwritten, because everybody has come to the round after it.
 
-If the view changes while a rank waits in the first round, it withdraws its entry and looks once more. If all others have
-published theirs, somebody may have gone on, and so does this rank. Otherwise nobody has and nobody can any more: it
-enters again, with the new view. If a rank failed, the operation fails instead, on all.
+If the view changes while a rank waits in the first round, it withdraws its entry and looks once more. If all others
+have published theirs, somebody may have gone on, and so does this rank. Otherwise nobody has and nobody can any more:
+it enters again, with the new view. If a rank failed, the operation fails instead, on all.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Call:
         for rank in self.ranks:
             if rank not in pieces:
                 raise MoeA2AError(
-                    f"{self._signature} has no piece for rank {rank}, which joined meanwhile (epoch {self.roll.epoch}); "
+                    f"{self._signature} has no piece for rank {rank}, which joined (epoch {self.roll.epoch}); "
                     "call it again with a piece for each rank up to size()"
                 )
 
@@ -174,7 +174,9 @@ class Call:
                         continue
                     self._follow()
             lost = {rank for rank in self.others if self._roster.lost(self.roll, rank)}
-            statuses = [self.board.status(self._places, i, self.roll.incarnations[r]) for i, r in enumerate(self.others)]
+            statuses = [
+                self.board.status(self._places, i, self.roll.incarnations[r]) for i, r in enumerate(self.others)
+            ]
             missing = pending()  # what came before the loss was seen has been read by now
             waiting = [rank for i, rank in enumerate(self.others) if missing[i]]
             if not waiting:
@@ -236,7 +238,9 @@ class Call:
 def entered(board: Board, places: Places, epoch: int) -> int | None:
     """The lowest number of an operation that others have entered since this epoch, None if there is none."""
     found = [row for turn in (0, 1) for row in board.words[places.entries[turn]].tolist()]
-    return min((row[0] >> _ROUND_BITS for row in found if row[0] and row[1] >= epoch and row[0] < 1 << 63), default=None)
+    return min(
+        (row[0] >> _ROUND_BITS for row in found if row[0] and row[1] >= epoch and row[0] < 1 << 63), default=None
+    )
 
 
 def _ranks(mask: int) -> tuple[int, ...]:
