@@ -83,6 +83,9 @@ class CollectiveWork(torch.distributed.Work):
 
     # for the group
 
+    def came_from(self, rank: int) -> None:
+        self._source = rank
+
     def end(self, error: MoeA2AError | None = None, failed_ranks: tuple[int, ...] = ()) -> None:
         self._error, self.failed_ranks = error, failed_ranks
         self._done = True
