@@ -109,9 +109,7 @@ class Board:
         self._finished = number
         if failed:
             self._failed, self._mask = number, mask
-        self.write_checked(
-            self.base.layout.status, (self._finished, self._failed, self._mask, self.base.incarnation)
-        )
+        self.write_checked(self.base.layout.status, (self._finished, self._failed, self._mask, self.base.incarnation))
 
     def write_words(self, offset: int, words: Sequence[int]) -> None:
         """Into this rank's region."""

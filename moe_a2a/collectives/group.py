@@ -94,7 +94,9 @@ class Group:
         def steps(roll: Roll) -> Steps:
             deadline = time.monotonic() + self.message_s
             while True:
-                free = [rank for rank in roll.ranks if not self.driver.has(("from", rank)) and self._reaches(roll, rank)]
+                free = [
+                    rank for rank in roll.ranks if not self.driver.has(("from", rank)) and self._reaches(roll, rank)
+                ]
                 source = self._letters.waiting(roll, free)
                 if source is not None:
                     break

@@ -97,7 +97,9 @@ class Letters:
                 pair.broken = ""
                 return
 
-    def receive(self, roll: Roll, source: int, data: torch.Tensor, dtype: torch.dtype, tag: int, budget_s: float) -> Steps:
+    def receive(
+        self, roll: Roll, source: int, data: torch.Tensor, dtype: torch.dtype, tag: int, budget_s: float
+    ) -> Steps:
         """data: [nbytes] uint8. Raises Lost, MoeA2AError, InputError if the message is another one than expected; it is
         then taken and dropped."""
         pair = _pair(self._in, source, roll, "from")

@@ -174,7 +174,9 @@ class Call:
                         continue
                     self._follow()
             lost = {rank for rank in self.others if self._roster.lost(self.roll, rank)}
-            statuses = [self.board.status(self._places, i, self.roll.incarnations[r]) for i, r in enumerate(self.others)]
+            statuses = [
+                self.board.status(self._places, i, self.roll.incarnations[r]) for i, r in enumerate(self.others)
+            ]
             missing = pending()  # what came before the loss was seen has been read by now
             waiting = [rank for i, rank in enumerate(self.others) if missing[i]]
             if not waiting:
@@ -236,7 +238,9 @@ class Call:
 def entered(board: Board, places: Places, epoch: int) -> int | None:
     """The lowest number of an operation that others have entered since this epoch, None if there is none."""
     found = [row for turn in (0, 1) for row in board.words[places.entries[turn]].tolist()]
-    return min((row[0] >> _ROUND_BITS for row in found if row[0] and row[1] >= epoch and row[0] < 1 << 63), default=None)
+    return min(
+        (row[0] >> _ROUND_BITS for row in found if row[0] and row[1] >= epoch and row[0] < 1 << 63), default=None
+    )
 
 
 def _ranks(mask: int) -> tuple[int, ...]:

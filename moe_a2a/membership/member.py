@@ -120,6 +120,10 @@ class Member:
         """Whether the view cannot change at the moment because the store is away."""
         return self.page.store_away
 
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
     def check(self) -> None:
         """Raise ExcludedFromView if this process takes no part, by the newest view. Costs a look at one word."""
         if self.rank < 0 or not self.page.takes_part(self.rank, self.incarnation):
