@@ -192,7 +192,10 @@ class _Built:
         address = self.memory.address(rank)
         if self.layout.several_hosts:
             host = options.host_address or os.environ.get("MOE_A2A_HOST_ADDRESS") or own_address(self._one_network)
-            self.engine = Engine.get(host, options.protocol, options.device_filter, P2P)
+            if options.engine is None:
+                self.engine = Engine.get(host, options.protocol, options.device_filter, P2P)
+            else:
+                self.engine = Engine.around(options.engine, host, options.protocol)
             self.engine.register(address, self.layout.nbytes)
             stack.callback(self.engine.unregister, address)
         engine = self.engine.name if self.engine else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from moe_a2a.errors import ConfigError
 from moe_a2a.membership.store import split_url
@@ -39,7 +39,8 @@ class Options:
     host: label of this rank's host (None: found out, or MOE_A2A_HOST). Ranks of one host share memory.
     host_address: this machine's address for data of other hosts (None: found out, or MOE_A2A_HOST_ADDRESS).
     control_address: this machine's address for the watchers of other hosts.
-    protocol, device_filter: of the Transfer Engine between hosts.
+    protocol, device_filter: of the Transfer Engine between hosts. engine: a `mooncake.engine.TransferEngine` to be used
+        in place of one of our own; initialised with "P2PHANDSHAKE", and it has to outlive the group.
     chunk_bytes: bytes that an operation moves at a time; a rank's memory is about 6 times as much on one host, and as
         much again for each slot between hosts.
     """
@@ -58,6 +59,7 @@ class Options:
     control_address: str = "127.0.0.1"
     protocol: str = "tcp"
     device_filter: str = ""
+    engine: Any = None
     chunk_bytes: int = 1 << 20
 
     def __post_init__(self) -> None:

@@ -103,12 +103,12 @@ class ProcessGroupMoeA2A(TorchCalls):
         nobody."""
         return self._admission.peer_ready(ranks)
 
-    def join(self) -> None:
+    def join(self, timeout_s: float | None = None) -> None:
         """Come to the group: take the slot `rank()`, wait until a member has activated it, and take part from the
         group's next operation on. Also for a process that was found failed, or was deactivated, and is still there.
 
         Operations that have begun are waited for. Raises JoinRefused (the slot is taken, or what was given differs from
-        the group's), StoreAway, MoeA2AError if nobody activates it within reconcile_s.
+        the group's), StoreAway, MoeA2AError if nobody activates it within `timeout_s` (None: reconcile_s).
         """
         self._group.drain()
         self._group.close()
@@ -116,7 +116,7 @@ class ProcessGroupMoeA2A(TorchCalls):
         assert base.member is not None
         self._group = self._of(base)
         self._admission.revive()
-        base.member.wait_active(self._options.reconcile_s)
+        base.member.wait_active(self._options.reconcile_s if timeout_s is None else timeout_s)
 
     def activate(self, ranks: Sequence[int]) -> Proposal:
         """Let processes that are ready take part; wait for their readiness up to reconcile_s. Any one member may ask;

@@ -27,6 +27,8 @@ class CollectiveWork(torch.distributed.Work):
         self._name, self.epoch = name, 0
         self.failed_ranks: tuple[int, ...] = ()
         self._result, self._drive, self._raises = result, drive, raises
+        #: Of the group; set by those who need it.
+        self.slots = 0
         self._source = -1
         self._done = False
         self._error: MoeA2AError | None = None

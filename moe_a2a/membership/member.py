@@ -28,7 +28,8 @@ from moe_a2a.membership.page import Page
 from moe_a2a.membership.registered import PROTOCOL, why_outside
 from moe_a2a.membership.store import applied_name, check_group, split_url
 from moe_a2a.membership.view import Endpoint, State, View
-from moe_a2a.membership.watcher import Settings, peer_credentials, start_watcher
+from moe_a2a.membership.watcher import Settings, peer_credentials
+from moe_a2a.membership.watcher_process import start_watcher
 from moe_a2a.membership.wire import MAX_REQUEST_BYTES, decode_json, encode_json, encode_view, number, text
 
 _ERRORS: dict[str, type[MoeA2AError]] = {
@@ -118,6 +119,10 @@ class Member:
     def frozen(self) -> bool:
         """Whether the view cannot change at the moment because the store is away."""
         return self.page.store_away
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
 
     def check(self) -> None:
         """Raise ExcludedFromView if this process takes no part, by the newest view. Costs a look at one word."""
