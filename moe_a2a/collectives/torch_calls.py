@@ -111,6 +111,12 @@ class TorchCalls(dist.ProcessGroup):
             check_pieces(outputs, tensor, self._sizes(), "gather")
         return self._gather(Kind.GATHER, outputs, tensor, root, opts)
 
+    def gather_single(self, output: torch.Tensor, input: torch.Tensor, opts: Any = None) -> CollectiveWork:  # noqa: A002
+        """From torch 2.14 on."""
+        if opts is None or self._slot != opts.rootRank:
+            return self.gather([], [input], opts)
+        return self.gather([self._chunks(output, input, "gather_single")], [input], opts)
+
     def _gather(
         self, kind: Kind, outputs: Tensors, tensor: torch.Tensor, root: int | None, opts: Any
     ) -> CollectiveWork:
