@@ -24,8 +24,8 @@ Pieces = Mapping[int, torch.Tensor]
 
 
 def rounds(total: int, each: int) -> Iterator[tuple[int, int]]:
-    """(begin, end) of every round. Their number is odd, so that what the operation's last round announced is overwritten
-    two rounds later, like everything else: the next operation takes turns with it."""
+    """(begin, end) of every round. Their number is odd, so that the next operation takes turns with the last round, as
+    every round does with the one before."""
     count = max(1, -(-total // each))
     count += 1 - count % 2
     if count > MOST_ROUNDS:
@@ -70,7 +70,7 @@ def all_reduce(call: Call, tensor: torch.Tensor, kind: Reduction) -> Steps:
         if b > a:
             reduce(kind, [call.part(rank, call.first + a * size, b - a, dtype) for rank in call.ranks], own)
         call.confirm()
-        yield from call.show({rank: (a * size, (b - a) * size) for rank in call.others})
+        yield from call.show(dict.fromkeys(call.others, (a * size, (b - a) * size)))
         yield from call.see()
         for rank, (a, b) in shares.items():
             part[a:b].copy_(call.part(rank, call.second + a * size, b - a, dtype))
@@ -83,7 +83,7 @@ def _all_reduce_small(call: Call, part: torch.Tensor, kind: Reduction) -> Steps:
     def fill() -> None:
         call.part(call.me, call.first, count, dtype).copy_(part)
 
-    yield from call.meet(fill, {rank: (0, part.nbytes) for rank in call.others})
+    yield from call.meet(fill, dict.fromkeys(call.others, (0, part.nbytes)))
     if count:
         reduce(kind, [call.part(rank, call.first, count, dtype) for rank in call.ranks], part)
     call.confirm()
@@ -200,7 +200,7 @@ def all_to_all_split(call: Call, out: Pieces, pieces: Pieces, row_bytes: int) ->
             table[rank] = len(pieces[rank])
             table[slots + rank] = len(out[rank])
 
-    yield from call.meet(fill, {rank: (0, 2 * slots * 8) for rank in call.others})
+    yield from call.meet(fill, dict.fromkeys(call.others, (0, 2 * slots * 8)))
     tables = {rank: call.part(rank, call.first, 2 * slots, torch.int64).tolist() for rank in call.ranks}
     call.confirm()
     for source in call.ranks:
@@ -209,7 +209,7 @@ def all_to_all_split(call: Call, out: Pieces, pieces: Pieces, row_bytes: int) ->
             if sent != wanted:
                 raise InputError(
                     f"all_to_all: rank {source} sends {sent // max(1, row_bytes)} rows to rank {target}, which expects "
-                    f"{wanted // max(1, row_bytes)}; output_split_sizes have to be what the others' input_split_sizes say"
+                    f"{wanted // max(1, row_bytes)}; output_split_sizes are what the others have as input_split_sizes"
                 )
     longest = max(tables[source][target] for source in call.ranks for target in call.ranks)
     bounds = list(rounds(longest, _quota(call)))

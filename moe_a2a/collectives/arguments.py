@@ -88,8 +88,8 @@ def split_rows(
         splits = [rows // ranks] * ranks
     if len(splits) not in sizes or min(splits) < 0 or sum(splits) != rows:
         raise InputError(
-            f"all_to_all_single: {name}_split_sizes={list(splits)} for {rows} rows and {ranks} ranks; give one for each "
-            "rank, and the number of rows in all"
+            f"all_to_all_single: {name}_split_sizes={list(splits)} for {rows} rows and {ranks} ranks; give one for "
+            "each rank, and the number of rows in all"
         )
     width = data.numel() // rows if rows else 0
-    return list(data.split([count * width for count in splits]))
+    return list(torch.split(data, [count * width for count in splits]))

@@ -7,13 +7,14 @@ import secrets
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any, Protocol
 
 from moe_a2a.bootstrap import StoreBootstrap
 from moe_a2a.collectives.options import Options
 from moe_a2a.collectives.region import Layout
-from moe_a2a.elastic.keeper import HELD, Found, Keeper, Place, find, place_name, slot_host
-from moe_a2a.errors import ConfigError, JoinRefused, MoeA2AError, RankLost
+from moe_a2a.elastic.keeper import Found, Keeper, Place, find, place_name, slot_host
+from moe_a2a.errors import ConfigError, JoinRefused, MoeA2AError
 from moe_a2a.hosts import own_label, own_network
 from moe_a2a.membership.group import found_group, join_group
 from moe_a2a.membership.member import Member, MemberOptions
@@ -45,7 +46,8 @@ class TorchStore(Protocol):
 @dataclass
 class Base:
     """member, keeper: None while this process is alone. peers: where the ranks of other hosts are. known: rank ->
-    incarnation of those that this process can reach, itself included. founded: it was there from the first operation on."""
+    incarnation of those that this process can reach, itself included. founded: it was there from the first operation
+    on."""
 
     rank: int
     incarnation: int
@@ -212,8 +214,6 @@ def _where(store: TorchStore | None, options: Options, timeout_s: float) -> tupl
     """Address of the membership store and name of the group, as rank 0 said in torch's store."""
     if store is None:
         raise ConfigError("Options.store and Options.group are needed: torch's store is not there to ask")
-    from datetime import timedelta
-
     try:
         store.wait([_WHERE], timedelta(seconds=timeout_s))
         said = decode_json(store.get(_WHERE), _FACTS_BYTES, "where a group is")

@@ -73,7 +73,7 @@ class Driver:
         if not self._turn.acquire(blocking=False):
             return False
         try:
-            return any([self._step(lane) for lane in list(self._lanes)])
+            return sum(self._step(lane) for lane in list(self._lanes)) > 0
         finally:
             self._turn.release()
 

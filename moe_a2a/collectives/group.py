@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 import torch
 
@@ -162,7 +162,7 @@ class Group:
             self._unsure = max(0, self._unsure - 1)
             self._board.finish(number)
         else:
-            error, ranks = failure
+            ranks = failure[1]
             self._unsure = _UNSURE
             self._board.finish(number, True, sum(1 << rank for rank in ranks))
             if roll is not None and self._places is not None and self._places[0] is roll:
@@ -196,7 +196,7 @@ class Group:
             failure[0].__cause__ = error
         work.end(*(failure or (None, ())))
 
-    def _take_roll(self, deadline: float) -> Steps:
+    def _take_roll(self, deadline: float) -> Generator[None, None, Roll]:
         """The roll of the newest view, once this process can reach all of it. Raises ExcludedFromView, Lost."""
         while True:
             roll = self.roster.roll()
@@ -217,7 +217,7 @@ class Group:
             self._places = (roll, Places(self._board, roll))
         return self._places[1]
 
-    def _find_number(self, roll: Roll, deadline: float) -> Steps:
+    def _find_number(self, roll: Roll, deadline: float) -> Generator[None, None, int | None]:
         """The number of the operation that the others are at, or will be at next. Raises Lost."""
         places = self._places_of(roll)
         while (number := entered(self._board, places, roll.epoch)) is None:
@@ -260,8 +260,8 @@ class Group:
                 return roll.epoch
             if time.monotonic() > deadline:
                 raise MoeA2AError(
-                    f"the view (epoch {roll.epoch}) still has {named(lost)} after {self.options.reconcile_s:g} s; is the "
-                    "membership store away?"
+                    f"the view (epoch {roll.epoch}) still has {named(lost)} after {self.options.reconcile_s:g} s; "
+                    "is the membership store away?"
                 )
             time.sleep(_LOOK_S)
 

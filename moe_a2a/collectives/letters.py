@@ -121,9 +121,9 @@ class Letters:
             size, kind = header
             if header != expected:
                 problem = (
-                    f"rank {source} sent {size} bytes of {dtype_name(kind & 0xFF)} with tag {kind >> _DTYPE_BITS}, and "
-                    f"this receive is for {len(data)} bytes of {dtype_name(expected[1] & 0xFF)} with tag {tag}; messages "
-                    "of two ranks are received in the order in which they were sent"
+                    f"rank {source} sent {size} bytes of {dtype_name(kind & 0xFF)} with tag {kind >> _DTYPE_BITS}, "
+                    f"and this receive is for {len(data)} bytes of {dtype_name(expected[1] & 0xFF)} with tag {tag}; "
+                    "messages of two ranks are received in the order in which they were sent"
                 )
             part = min(self._layout.letter, size - taken)
             if not problem:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -33,7 +33,8 @@ _UNSUPPORTED = (
     torch.uint32,
     torch.uint64,
 )
-_IN_PLACE = {
+_Step = Callable[..., torch.Tensor]
+_IN_PLACE: dict[Reduction, _Step] = {
     Reduction.SUM: torch.add,
     Reduction.AVG: torch.add,
     Reduction.PRODUCT: torch.mul,
@@ -43,7 +44,7 @@ _IN_PLACE = {
     Reduction.BOR: torch.bitwise_or,
     Reduction.BXOR: torch.bitwise_xor,
 }
-_FOR_BOOL = {
+_FOR_BOOL: dict[Reduction, _Step] = {
     Reduction.SUM: torch.logical_or,
     Reduction.MAX: torch.logical_or,
     Reduction.BOR: torch.logical_or,

@@ -16,16 +16,25 @@ _TORCH = "torch.distributed.distributed_c10d"
 
 def make(torch_options: Any, options: Any) -> Any:
     """What torch calls for `init_process_group("moe_a2a", pg_options=options)` and `new_group`."""
+    from dataclasses import replace
+
+    from torch.distributed import group
+
     from moe_a2a.collectives.options import Options
     from moe_a2a.collectives.process_group import ProcessGroupMoeA2A
+    from moe_a2a.collectives.subgroups import within
     from moe_a2a.errors import ConfigError
 
     if options is not None and not isinstance(options, Options):
         raise ConfigError(
             f"pg_options is a {type(options).__name__}; backend {NAME} takes moe_a2a.collectives.Options or None"
         )
-    given = torch_options
-    return ProcessGroupMoeA2A(given.store, given.group_rank, given.group_size, given.timeout, options)
+    given, store, world = torch_options, torch_options.store, group.WORLD
+    if isinstance(world, ProcessGroupMoeA2A):
+        if options is None:
+            options = replace(world.options, slots=None, joining=False, store="", group="")
+        store, options = within(lambda: world.member, store, given.group_id, options)
+    return ProcessGroupMoeA2A(store, given.group_rank, given.group_size, given.timeout, options, given.group_id)
 
 
 def register() -> None:

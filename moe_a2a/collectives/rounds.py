@@ -1,12 +1,12 @@
 """One operation of all ranks, round by round: everybody enters, everybody sees that everybody has, data are read.
 
-A round of an operation is announced by an entry: its number, the epoch of the view, and what is called. Whoever sees the
-same entry of all others goes on. So all ranks of an operation have one view and call the same thing, and what the last
-round but one announced may be overwritten, because everybody has come to the round after it.
+A round of an operation is announced by an entry: its number, the epoch of the view, and what is called. Whoever sees
+the same entry of all others goes on. So all ranks of an operation have one view and call the same thing, and what the
+last round but one announced may be overwritten, because everybody has come to the round after it.
 
-If the view changes while a rank waits in the first round, it withdraws its entry and looks once more. If all others have
-published theirs, somebody may have gone on, and so does this rank. Otherwise nobody has and nobody can any more: it
-enters again, with the new view. If a rank failed, the operation fails instead, on all.
+If the view changes while a rank waits in the first round, it withdraws its entry and looks once more. If all others
+have published theirs, somebody may have gone on, and so does this rank. Otherwise nobody has and nobody can any more:
+it enters again, with the new view. If a rank failed, the operation fails instead, on all.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Call:
         for rank in self.ranks:
             if rank not in pieces:
                 raise MoeA2AError(
-                    f"{self._signature} has no piece for rank {rank}, which joined meanwhile (epoch {self.roll.epoch}); "
+                    f"{self._signature} has no piece for rank {rank}, which joined (epoch {self.roll.epoch}); "
                     "call it again with a piece for each rank up to size()"
                 )
 

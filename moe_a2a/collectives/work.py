@@ -22,9 +22,9 @@ class CollectiveWork(torch.distributed.Work):
     the view that it ran in.
     """
 
-    def __init__(self, name: str, result: list[torch.Tensor], drive: Drive, raises: bool) -> None:
+    def __init__(self, name: object, result: list[torch.Tensor], drive: Drive, raises: bool) -> None:
         super().__init__()
-        self.name, self.epoch = name, 0
+        self._name, self.epoch = name, 0
         self.failed_ranks: tuple[int, ...] = ()
         self._result, self._drive, self._raises = result, drive, raises
         #: Of the group; set by those who need it.
@@ -33,6 +33,11 @@ class CollectiveWork(torch.distributed.Work):
         self._done = False
         self._error: MoeA2AError | None = None
         self._future: Future[Any] | None = None
+
+    @property
+    def name(self) -> str:
+        """What was called."""
+        return str(self._name)
 
     @property
     def succeeded(self) -> bool:
