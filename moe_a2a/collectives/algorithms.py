@@ -137,7 +137,8 @@ def all_gather(call: Call, data: torch.Tensor, pieces: Pieces, readers: Sequence
         if call.me in reading and len(part):
             for rank in call.ranks:
                 if rank in pieces:
-                    pieces[rank][begin:end].copy_(call.part(rank, call.first, len(part), torch.uint8))
+                    theirs = call.part(rank, call.first, len(part), torch.uint8)
+                    pieces[rank][begin:end].copy_(theirs if rank != call.me else part)
             call.confirm()
 
 
@@ -171,13 +172,14 @@ def reduce_scatter(call: Call, out: torch.Tensor, pieces: Pieces, kind: Reductio
     for begin, end in rounds(len(out), each):
 
         def fill(begin: int = begin, end: int = end) -> None:
-            for rank in call.ranks:
+            for rank in call.others:
                 call.part(call.me, call.first + place[rank], end - begin, dtype).copy_(pieces[rank][begin:end])
 
         yield from call.meet(fill, {rank: (place[rank], (end - begin) * size) for rank in call.others})
         if end > begin:
-            at = call.first + place[call.me]
-            reduce(kind, [call.part(rank, at, end - begin, dtype) for rank in call.ranks], out[begin:end])
+            at, own = call.first + place[call.me], pieces[call.me][begin:end]
+            theirs = {rank: call.part(rank, at, end - begin, dtype) for rank in call.others}
+            reduce(kind, [theirs.get(rank, own) for rank in call.ranks], out[begin:end])
         call.confirm()
 
 
@@ -225,10 +227,12 @@ def _exchange(call: Call, out: Pieces, pieces: Pieces, bounds: Iterator[tuple[in
 
         def fill(parts: dict[int, torch.Tensor] = parts) -> None:
             for rank, part in parts.items():
-                call.part(call.me, call.first + place[rank], len(part), torch.uint8).copy_(part)
+                if rank != call.me:
+                    call.part(call.me, call.first + place[rank], len(part), torch.uint8).copy_(part)
 
         yield from call.meet(fill, {rank: (place[rank], len(parts[rank])) for rank in call.others})
         for rank in call.ranks:
             part = out[rank][begin:end]
-            part.copy_(call.part(rank, call.first + place[call.me], len(part), torch.uint8))
+            theirs = call.part(rank, call.first + place[call.me], len(part), torch.uint8)
+            part.copy_(theirs if rank != call.me else parts[rank])
         call.confirm()

@@ -85,7 +85,8 @@ class Board:
         whole = self._tensors.get(dtype)
         if whole is None:
             whole = self._tensors[dtype] = self.base.memory.table(1, dtype).view(-1)
-        return whole.narrow(0, (self.start(rank) + offset) // dtype.itemsize, count)
+        first = (self.start(rank) + offset) // dtype.itemsize
+        return whole[first : first + count]
 
     # own records
 

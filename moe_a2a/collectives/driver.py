@@ -13,6 +13,7 @@ from collections.abc import Hashable
 
 from moe_a2a.collectives.board import Steps
 from moe_a2a.collectives.work import CollectiveWork
+from moe_a2a.errors import MoeA2AError
 from moe_a2a.transport.wait import Pause
 
 #: Pause of the thread before it begins: a caller that waits at once drives by itself.
@@ -21,19 +22,19 @@ _THREAD_NAP_S = 100e-6
 
 class Driver:
     def __init__(self) -> None:
-        self._lanes: dict[Hashable, deque[Steps]] = {}
+        self._lanes: dict[Hashable, deque[tuple[CollectiveWork, Steps]]] = {}
         self._turn = threading.Lock()
         self._wake = threading.Condition()
         self._waiters = 0
         self._closing = False
         self._thread: threading.Thread | None = None
 
-    def begin(self, lane: Hashable, steps: Steps, alone: bool) -> None:
-        """Begin an operation, which tells of its own end. Its first stretch runs here, if none is before it. alone:
+    def begin(self, lane: Hashable, work: CollectiveWork, steps: Steps, alone: bool) -> None:
+        """Begin an operation, which ends its work. Its first stretch runs here, if none is before it. alone:
         the caller may not come back soon, so that the thread has to see to it."""
         with self._turn:
             queue = self._lanes.setdefault(lane, deque())
-            queue.append(steps)
+            queue.append((work, steps))
             if len(queue) == 1:
                 self._step(lane)
         if alone and self._lanes:
@@ -85,19 +86,23 @@ class Driver:
         return lane in self._lanes
 
     def close(self) -> None:
-        """End the thread. What has not ended stays where it is."""
+        """End the thread, and all operations."""
         with self._wake:
             self._closing = True
             self._wake.notify()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout=5.0)
         with self._turn:
+            for queue in self._lanes.values():
+                for work, steps in queue:
+                    steps.close()
+                    work.end(MoeA2AError(f"{work.name}: the group was closed before this had ended"))
             self._lanes.clear()
 
     def _step(self, lane: Hashable) -> bool:
         queue = self._lanes[lane]
         try:
-            next(queue[0])
+            next(queue[0][1])
         except StopIteration:
             queue.popleft()
             if not queue:

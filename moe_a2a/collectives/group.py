@@ -54,7 +54,7 @@ class Group:
         alone: bool,
     ) -> None:
         """body: the operation. after: copies its result to where it belongs."""
-        self.driver.begin(COLLECTIVES, self._run(work, signature, body, after, budget_s), alone)
+        self.driver.begin(COLLECTIVES, work, self._run(work, signature, body, after, budget_s), alone)
 
     def send(
         self, work: CollectiveWork, to: int, data: torch.Tensor, dtype: torch.dtype, tag: int, alone: bool
@@ -62,7 +62,7 @@ class Group:
         def steps(roll: Roll) -> Steps:
             yield from self._letters.send(roll, to, data, dtype, tag, self.message_s)
 
-        self.driver.begin(("to", to), self._message(work, [to], steps, None), alone)
+        self.driver.begin(("to", to), work, self._message(work, [to], steps, None), alone)
 
     def receive(
         self,
@@ -78,7 +78,7 @@ class Group:
             yield from self._letters.receive(roll, source, data, dtype, tag, self.message_s)
             work.came_from(source)
 
-        self.driver.begin(("from", source), self._message(work, [source], steps, after), alone)
+        self.driver.begin(("from", source), work, self._message(work, [source], steps, after), alone)
 
     def receive_any(
         self,
@@ -108,7 +108,7 @@ class Group:
             yield from self._letters.receive(roll, source, data, dtype, tag, self.message_s)
             work.came_from(source)
 
-        self.driver.begin("from anyone", self._message(work, [], steps, after), alone)
+        self.driver.begin("from anyone", work, self._message(work, [], steps, after), alone)
 
     # running
 
@@ -155,7 +155,7 @@ class Group:
             failure = MoeA2AError(f"{work.name}: {error!r}"), ()
             failure[0].__cause__ = error
         if self._number is None:
-            work.end(failure[0] if failure else None, failure[1] if failure else ())
+            work.end(*(failure or (None, ())))
             return
         number, self._number = self._number, self._number + 1
         if failure is None:
@@ -168,7 +168,7 @@ class Group:
             if roll is not None and self._places is not None and self._places[0] is roll:
                 yield from self._board.push_status(roll, self._places[1])
                 yield from self._reconcile(roll, ranks)
-        work.end(failure[0] if failure else None, failure[1] if failure else ())
+        work.end(*(failure or (None, ())))
 
     def _message(
         self,

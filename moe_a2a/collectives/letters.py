@@ -7,6 +7,7 @@ not have come.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -134,7 +135,8 @@ class Letters:
             ack = self._layout.ack(source)
             self._board.write_words(ack, (pair.count, roll.incarnations[source]))
             if source in self._base.peers:
-                yield from self._board.push(roll, [(source, ack, 2 * WORD)])
+                with contextlib.suppress(Lost):  # it sent this and is gone: what it sent counts
+                    yield from self._board.push(roll, [(source, ack, 2 * WORD)])
             if taken >= size:
                 break
         if problem:

@@ -112,11 +112,19 @@ class ProcessGroupMoeA2A(TorchCalls):
         """
         self._group.drain()
         self._group.close()
+        self._group = self._of(alone(self._slot, self.slots, self._options))  # and so it stays if this raises
+        patience = self._options.reconcile_s if timeout_s is None else timeout_s
         base = enter(self._store, self._slot, self._options, self._options.reconcile_s)
-        assert base.member is not None
-        self._group = self._of(base)
-        self._admission.revive()
-        base.member.wait_active(self._options.reconcile_s if timeout_s is None else timeout_s)
+        waiting, self._group = self._group, self._of(base)
+        try:
+            assert base.member is not None
+            self._admission.revive()
+            base.member.wait_active(patience)
+        except BaseException:
+            self._group.close()
+            self._group = waiting
+            raise
+        waiting.close()
 
     def activate(self, ranks: Sequence[int]) -> Proposal:
         """Let processes that are ready take part; wait for their readiness up to reconcile_s. Any one member may ask;

@@ -21,6 +21,7 @@ _OPS = {
     "BXOR": Reduction.BXOR,
 }
 _BITWISE = (Reduction.BAND, Reduction.BOR, Reduction.BXOR)
+_KINDS = {getattr(dist.ReduceOp, name): ours for name, ours in _OPS.items()}
 #: 16-bit floats are added and multiplied in fp32, and rounded once.
 _WIDE = (torch.float16, torch.bfloat16)
 _WIDENED = (Reduction.SUM, Reduction.AVG, Reduction.PRODUCT)
@@ -57,7 +58,7 @@ _FOR_BOOL: dict[Reduction, _Step] = {
 
 def reduction_of(op: dist.ReduceOp.RedOpType | dist.ReduceOp, dtype: torch.dtype) -> Reduction:
     """torch's reduction as ours. Raises InputError if tensors of this dtype cannot be reduced so."""
-    kind = next((ours for name, ours in _OPS.items() if op == getattr(dist.ReduceOp, name)), None)
+    kind = _KINDS.get(getattr(op, "op", op))
     if kind is None:
         raise InputError(f"reduction {op} is not offered; allowed: {', '.join(name.lower() for name in _OPS)}")
     name = kind.name.lower()

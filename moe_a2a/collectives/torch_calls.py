@@ -64,7 +64,7 @@ class TorchCalls(dist.ProcessGroup):
     def broadcast(self, tensors: Tensors, opts: Any = None) -> CollectiveWork:
         opts = opts or dist.BroadcastOptions()
         (tensor,) = _one(tensors, "broadcast")
-        root = check_root(opts.rootRank, self.size(), "broadcast")
+        root = check_root(opts.rootRank, self.slots, "broadcast")
         data, after = flat(tensor, output=True)
         signature = Signature(Kind.BROADCAST, data.numel(), data.dtype, root=root)
         raw = bytes_of(data)
@@ -73,7 +73,7 @@ class TorchCalls(dist.ProcessGroup):
     def reduce(self, tensors: Tensors, opts: Any = None) -> CollectiveWork:
         opts = opts or dist.ReduceOptions()
         (tensor,) = _one(tensors, "reduce")
-        root = check_root(opts.rootRank, self.size(), "reduce")
+        root = check_root(opts.rootRank, self.slots, "reduce")
         kind = reduction_of(opts.reduceOp, tensor.dtype)
         data, after = flat(tensor, output=True)
         signature = Signature(Kind.REDUCE, data.numel(), data.dtype, kind, root)
@@ -105,7 +105,7 @@ class TorchCalls(dist.ProcessGroup):
     def gather(self, output_tensors: Sequence[Tensors], input_tensors: Tensors, opts: Any = None) -> CollectiveWork:
         opts = opts or dist.GatherOptions()
         (tensor,) = _one(input_tensors, "gather")
-        root = check_root(opts.rootRank, self.size(), "gather")
+        root = check_root(opts.rootRank, self.slots, "gather")
         outputs: Tensors = output_tensors[0] if output_tensors else []
         if self._slot == root:
             check_pieces(outputs, tensor, self._sizes(), "gather")
@@ -130,7 +130,7 @@ class TorchCalls(dist.ProcessGroup):
     def scatter(self, output_tensors: Tensors, input_tensors: Sequence[Tensors], opts: Any = None) -> CollectiveWork:
         opts = opts or dist.ScatterOptions()
         (out,) = _one(output_tensors, "scatter")
-        root = check_root(opts.rootRank, self.size(), "scatter")
+        root = check_root(opts.rootRank, self.slots, "scatter")
         inputs: Tensors = input_tensors[0] if input_tensors else []
         if self._slot == root:
             check_pieces(inputs, out, self._sizes(), "scatter")
@@ -235,7 +235,7 @@ class TorchCalls(dist.ProcessGroup):
     def send(self, tensors: Tensors, dst: int, tag: int = 0) -> CollectiveWork:
         """Ends when the message lies where the receiver finds it, or, if it is longer than two parts, has taken it."""
         (tensor,) = _one(tensors, "send")
-        check_root(dst, self.size(), "send", "dst")
+        check_root(dst, self.slots, "send", "dst")
         data, _ = flat(tensor)
         work = self._work("send", [tensor])
         self._group.send(work, dst, bytes_of(data), data.dtype, check_tag(tag), True)
@@ -243,7 +243,7 @@ class TorchCalls(dist.ProcessGroup):
 
     def recv(self, tensors: Tensors, src: int, tag: int = 0) -> CollectiveWork:
         (tensor,) = _one(tensors, "recv")
-        check_root(src, self.size(), "recv", "src")
+        check_root(src, self.slots, "recv", "src")
         data, after = flat(tensor, output=True)
         work = self._work("recv", [tensor])
         self._group.receive(work, src, bytes_of(data), data.dtype, check_tag(tag), after, True)
@@ -311,7 +311,7 @@ class TorchCalls(dist.ProcessGroup):
             whole.epoch = max((work.epoch for work in works), default=0)
             whole.end(failed.exception() if failed else None, tuple(sorted(ranks)))
 
-        self._group.driver.begin(("together", next(self._numbers)), steps(), True)
+        self._group.driver.begin(("together", next(self._numbers)), whole, steps(), True)
         return whole
 
 
