@@ -112,8 +112,10 @@ class Driver:
 
     def _loop(self) -> None:
         pause = Pause()
-        while not self._closing:
+        while True:
             with self._wake:
+                if self._closing:
+                    return
                 if not self._lanes or self._waiters:
                     self._wake.wait()
                     pause = Pause()
