@@ -29,8 +29,6 @@ from moe_a2a.collectives.work import CollectiveWork
 from moe_a2a.errors import InputError, MoeA2AError
 
 Tensors = Sequence[torch.Tensor]
-#: What torch gives as time-out of an operation if the caller gave none.
-_TORCH_DEFAULT_S = 1800.0
 
 
 class TorchCalls(dist.ProcessGroup):
@@ -299,7 +297,7 @@ class TorchCalls(dist.ProcessGroup):
         work = self._work(signature, result)
         budget = self._group.collective_s
         given = opts.timeout.total_seconds() if opts is not None else -1.0
-        if given > 0 and given != _TORCH_DEFAULT_S:
+        if given > 0:  # negative: the caller gave none
             budget = given
         alone = opts is None or getattr(opts, "asyncOp", True)
         self._group.collective(work, signature, body, after, budget, alone)
