@@ -27,8 +27,9 @@ class CollectiveWork(torch.distributed.Work):
         self._name, self.epoch = name, 0
         self.failed_ranks: tuple[int, ...] = ()
         self._result, self._drive, self._raises = result, drive, raises
-        #: Of the group; set by those who need it.
+        #: Set by those who need them: slots of the group; called before it ends, by whoever drives it.
         self.slots = 0
+        self.before_end: Callable[[], None] | None = None
         self._source = -1
         self._done = False
         self._error: MoeA2AError | None = None
@@ -94,6 +95,8 @@ class CollectiveWork(torch.distributed.Work):
         self._source = rank
 
     def end(self, error: MoeA2AError | None = None, failed_ranks: tuple[int, ...] = ()) -> None:
+        if self.before_end is not None:
+            self.before_end()
         self._error, self.failed_ranks = error, failed_ranks
         self._done = True
         if self._future is not None and not self._future.done():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -9,11 +11,27 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from ranks import Ctx
+from ranks import Ctx, run_ranks
 
 from moe_a2a.compat.mooncake import pg
+from moe_a2a.membership import start_store
 
 PATIENCE_S = 20.0
+
+
+@functools.cache
+def _store() -> str:
+    return start_store(idle_s=30)
+
+
+def run(fn: Callable[..., Any], world: int, *args: Any, **more: Any) -> list[Any]:
+    """As `run_ranks`; all tests have one membership store, so that none has to wait until one has started."""
+    return run_ranks(_run, world, _store(), fn, *args, timeout=60, **more)
+
+
+def _run(ctx: Ctx, url: str, fn: Callable[..., Any], *args: Any) -> Any:
+    os.environ["MOE_A2A_STORE"] = url
+    return fn(ctx, *args)
 
 
 def init(ctx: Ctx, options: pg.MooncakeBackendOptions | None, size: int, **more: Any) -> None:

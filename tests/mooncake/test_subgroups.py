@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from pg_ranks import PATIENCE_S, init, total, until, world
+from pg_ranks import PATIENCE_S, init, run, total, until, world
 from ranks import Ctx, run_ranks
 
 from moe_a2a.compat.mooncake import pg
@@ -71,7 +71,7 @@ def _own_slots(ctx: Ctx) -> None:
 
 
 def test_a_joiner_comes_to_each_subgroup_for_itself_and_is_lost_in_all():
-    run_ranks(_own_slots, 3, dies=[2], timeout=60)
+    run(_own_slots, 3, dies=[2])
 
 
 def _without_rank_0(ctx: Ctx) -> None:

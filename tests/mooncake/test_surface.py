@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from pg_ranks import init, total, world
-from ranks import Ctx, run_ranks
+from pg_ranks import init, run, total, world
+from ranks import Ctx
 
 from moe_a2a import ConfigError, InputError
 from moe_a2a.compat.mooncake import pg
@@ -114,10 +114,10 @@ def _one(ctx: Ctx) -> None:
 
 
 def test_what_a_process_may_say_and_when():
-    run_ranks(_one, 1, timeout=60)
+    run(_one, 1)
 
 
-def run(program: str, folder: Path) -> None:
+def interpret(program: str, folder: Path) -> None:
     """In an interpreter of its own, with a folder in front of everything else."""
     path = f"import sys; sys.path.insert(0, {str(folder)!r})\n"
     done = subprocess.run([sys.executable, "-c", path + textwrap.dedent(program)], capture_output=True, text=True)
@@ -144,7 +144,7 @@ def test_install_leaves_the_rest_of_a_mooncake_package_as_it_is(tmp_path):
     (package / "__init__.py").write_text("here = True\n")
     (package / "engine.py").write_text("class TransferEngine: pass\n")
     (package / "pg.py").write_text("raise ImportError('it would compile something')\n")
-    run(
+    interpret(
         INSTALLED
         + """
 import mooncake.engine
@@ -164,7 +164,7 @@ class Hide(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError("No module named 'mooncake'", name="mooncake")
 sys.meta_path.insert(0, Hide())
 """
-    run(
+    interpret(
         hide
         + INSTALLED
         + """
@@ -184,7 +184,7 @@ def test_install_comes_before_mooncakes_own_is_imported(tmp_path):
     package.mkdir()
     (package / "__init__.py").write_text("")
     (package / "pg.py").write_text("")
-    run(
+    interpret(
         """
         import mooncake.pg
         from moe_a2a import ConfigError

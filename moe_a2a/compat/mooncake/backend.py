@@ -84,9 +84,10 @@ class MooncakeBackend(ProcessGroupMoeA2A):
         else:
             self.mirror.follow(self.member)
 
-    def _work(self, name: str, result: list[torch.Tensor]) -> CollectiveWork:
+    def _work(self, name: object, result: list[torch.Tensor]) -> CollectiveWork:
         work = super()._work(name, result)
-        work.slots = self.slots
+        # Whoever sees that it has ended finds the ranks that it lost out of the mirror.
+        work.slots, work.before_end = self.slots, self.mirror.refresh
         return work
 
 

@@ -57,13 +57,16 @@ class Mirror:
         self.refresh()
 
     def refresh(self) -> None:
-        """Show the newest view; the thread may not have seen it yet."""
+        """Show the newest view; the thread may not have seen it yet. Costs a look at a word if there is none."""
+        member = self._member
+        if member is None or member.page.epoch <= self._epoch:
+            return
         with self._lock:
             if self._member is not None:
                 view = self._member.view
                 if view.epoch > self._epoch:
-                    self._epoch = view.epoch
                     self._write([self._counts(slot) for slot in view.slots])
+                    self._epoch = view.epoch  # last: whoever sees it does not wait for the lock
 
     def _counts(self, slot: Slot) -> bool:
         if slot.takes_part or self._on_failure == "reconcile":
