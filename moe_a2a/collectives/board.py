@@ -29,11 +29,12 @@ _MASK = (1 << 64) - 1
 
 
 class Lost(Exception):
-    """Ranks that an operation cannot do without. Ends it."""
+    """Ranks that an operation cannot do without. Ends it. gone: they failed, and have not just gone on without this
+    rank."""
 
-    def __init__(self, ranks: Iterable[int], why: str) -> None:
+    def __init__(self, ranks: Iterable[int], why: str, gone: bool = True) -> None:
         super().__init__(why)
-        self.ranks = tuple(sorted(ranks))
+        self.ranks, self.gone = tuple(sorted(ranks)), gone
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ class Group:
                 if time.monotonic() > deadline:
                     raise MoeA2AError(f"nobody sent anything within {self.message_s:g} s")
                 yield
-                if self.roster.changed:
+                if self.roster.changed(roll):
                     roll = yield from self._take_roll(deadline)
             yield from self._letters.receive(roll, source, data, dtype, tag, self.message_s)
             work.came_from(source)
@@ -121,9 +121,11 @@ class Group:
         budget_s: float,
     ) -> Steps:
         roll: Roll | None = None
+        gone: tuple[int, ...] = ()
         failure: tuple[MoeA2AError, tuple[int, ...]] | None = None
         try:
             deadline = time.monotonic() + budget_s
+            begun: set[int] = set()
             while True:
                 roll = yield from self._take_roll(deadline)
                 if self._number is None:
@@ -139,16 +141,19 @@ class Group:
                     signature,
                     budget_s,
                     not self._unsure,
+                    frozenset(begun),
                 )
                 try:
                     yield from body(call)
                     break
-                except Moved:
+                except Moved as moved:
+                    begun.update(moved.begun)
                     self._unsure = _UNSURE
             if after is not None:
                 after()
         except Lost as lost:
             failure = RankLost(f"{work.name}: {lost}", lost.ranks), lost.ranks
+            gone = lost.ranks if lost.gone else ()
         except MoeA2AError as error:
             failure = error, ()
         except Exception as error:  # nothing may keep the operations behind this one from running
@@ -162,12 +167,11 @@ class Group:
             self._unsure = max(0, self._unsure - 1)
             self._board.finish(number)
         else:
-            ranks = failure[1]
             self._unsure = _UNSURE
-            self._board.finish(number, True, sum(1 << rank for rank in ranks))
+            self._board.finish(number, True, sum(1 << rank for rank in gone))
             if roll is not None and self._places is not None and self._places[0] is roll:
                 yield from self._board.push_status(roll, self._places[1])
-                yield from self._reconcile(roll, ranks)
+                yield from self._reconcile(roll, gone)
         work.end(*(failure or (None, ())))
 
     def _message(
@@ -224,7 +228,7 @@ class Group:
             if time.monotonic() > deadline:
                 raise Lost((), "no rank of the group has called anything since this one joined it")
             yield
-            if self.roster.changed:
+            if self.roster.changed(roll):
                 return None
         return number
 
