@@ -131,7 +131,7 @@ class Group:
                 if self._number is None:
                     self._number = yield from self._find_number(roll, deadline)
                     continue  # the view may have changed meanwhile
-                work.epoch = roll.epoch
+                work.epoch, work.ranks = roll.epoch, roll.ranks
                 call = Call(
                     self._board,
                     self.roster,
@@ -184,7 +184,7 @@ class Group:
         failure: tuple[MoeA2AError, tuple[int, ...]] | None = None
         try:
             roll = yield from self._take_roll(time.monotonic() + self.message_s)
-            work.epoch = roll.epoch
+            work.epoch, work.ranks = roll.epoch, roll.ranks
             for rank in ranks:
                 if rank not in roll.incarnations:
                     raise Lost([rank], f"rank {rank} takes no part in epoch {roll.epoch}")

@@ -100,12 +100,16 @@ class Roster:
         slot = member.view.slots[rank]
         return slot.incarnation != incarnation or slot.state is State.FAILED
 
+    def left(self, roll: Roll, rank: int) -> bool:
+        """Whether it has left in order."""
+        member = self.base.member
+        if member is None or member.page.takes_part(rank, roll.incarnations[rank]):
+            return False
+        return not self.lost(roll, rank)
+
     def gone(self, roll: Roll, rank: int) -> bool:
         """Whether it is lost or has left in order."""
-        member = self.base.member
-        return member is not None and (
-            self.lost(roll, rank) or not member.page.takes_part(rank, roll.incarnations[rank])
-        )
+        return self.lost(roll, rank) or self.left(roll, rank)
 
     def accuse(self, roll: Roll, ranks: Iterable[int], evidence: str) -> None:
         """Take ranks for lost from now on, and tell the group; with on_failure="framework" others do that."""
