@@ -2,8 +2,8 @@
 
     python bench/collective_times.py --ranks 4 [--hosts 2] [--repeats 200] [--json FILE]
 
-Every case is checked before it is timed. A time is of one call that waits for its end, on the slowest rank: the median of
-the repeats of each rank, and of those the largest. Hosts are played on one machine; gloo does not know of them.
+Every case is checked before it is timed. A time is of one call that waits for its end, on the slowest rank: the median
+of the repeats of each rank, and of those the largest. Hosts are played on one machine; gloo does not know of them.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import multiprocessing as mp
 import os
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -88,6 +89,7 @@ def call_of(what: str, nbytes: int, group: Any, rank: int, world: int) -> tuple[
 def rank_main(rank: int, world: int, host: str, port: int, repeats: int, limit: int, pipe: Connection) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore", FutureWarning)  # names that torch 2.13 has changed, and 2.11 has not
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
     groups = {"gloo": dist.group.WORLD, "moe_a2a": dist.new_group(backend="moe_a2a", pg_options=Options(host=host))}

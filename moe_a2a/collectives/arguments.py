@@ -19,8 +19,8 @@ def check_tensor(tensor: torch.Tensor) -> None:
         raise InputError(f"{type(tensor).__name__} given; give a tensor")
     if tensor.device.type != "cpu":
         raise InputError(
-            f"a tensor on {tensor.device} given; backend moe_a2a is for CPU tensors: move it with .cpu(), or use a "
-            "backend for GPUs beside it, as in backend='cpu:moe_a2a,cuda:nccl'"
+            f"a tensor on {tensor.device} given; this group is for CPU tensors: move it with .cpu(), or make another "
+            "group for GPUs"
         )
     if tensor.layout != torch.strided:
         raise InputError(f"a {tensor.layout} tensor given; give a dense one (.to_dense())")

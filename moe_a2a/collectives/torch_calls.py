@@ -29,8 +29,6 @@ from moe_a2a.collectives.work import CollectiveWork
 from moe_a2a.errors import InputError, MoeA2AError
 
 Tensors = Sequence[torch.Tensor]
-#: What torch gives as time-out of an operation if the caller gave none.
-_TORCH_DEFAULT_S = 1800.0
 
 
 class TorchCalls(dist.ProcessGroup):
@@ -110,6 +108,12 @@ class TorchCalls(dist.ProcessGroup):
         if self._slot == root:
             check_pieces(outputs, tensor, self._sizes(), "gather")
         return self._gather(Kind.GATHER, outputs, tensor, root, opts)
+
+    def gather_single(self, output: torch.Tensor, input: torch.Tensor, opts: Any = None) -> CollectiveWork:  # noqa: A002
+        """From torch 2.14 on."""
+        if opts is None or self._slot != opts.rootRank:
+            return self.gather([], [input], opts)
+        return self.gather([self._chunks(output, input, "gather_single")], [input], opts)
 
     def _gather(
         self, kind: Kind, outputs: Tensors, tensor: torch.Tensor, root: int | None, opts: Any
@@ -293,7 +297,7 @@ class TorchCalls(dist.ProcessGroup):
         work = self._work(signature, result)
         budget = self._group.collective_s
         given = opts.timeout.total_seconds() if opts is not None else -1.0
-        if given > 0 and given != _TORCH_DEFAULT_S:
+        if given > 0:  # negative: the caller gave none
             budget = given
         alone = opts is None or getattr(opts, "asyncOp", True)
         self._group.collective(work, signature, body, after, budget, alone)

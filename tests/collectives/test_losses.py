@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import time
+from collections.abc import Collection
 from typing import Any
 
 import pytest
@@ -73,13 +74,24 @@ def whole(out: Any) -> torch.Tensor:
     return out.whole() if isinstance(out, _Stacked) else out
 
 
-def serve(ctx: Ctx, group: ProcessGroupMoeA2A, count: int, seed: int, victim: int, when: int, how: str) -> list[Any]:
-    """Make `count` operations, with one of the ranks lost in operation `when`. Returns what was seen of each."""
+def serve(
+    ctx: Ctx,
+    group: ProcessGroupMoeA2A,
+    count: int,
+    seed: int,
+    victim: int,
+    when: int,
+    how: str,
+    gone: Collection[int] = (),
+) -> list[Any]:
+    """Make `count` operations, with one of the ranks lost in operation `when`, and some lost long before. Returns what
+    was seen of each."""
+    gone = {*gone, victim}
     chosen = random.Random(seed)
     seen = []
     for number in range(count):
         name, size = chosen.choice(CALLS)
-        if name == "broadcast" and victim == 0 and number >= when:
+        if name == "broadcast" and 0 in gone:  # its root
             name = "all_reduce"
         before = chosen.random() < 0.5
         started = time.monotonic()
@@ -112,9 +124,9 @@ def _die(ctx: Ctx, store: str, seeds: list[int], victims: list[int]) -> Any:
     with group_of(ctx, store, raises=False) as group:
         alive = ctx.world
         results = []
-        for seed, victim in zip(seeds, victims, strict=True):
+        for i, (seed, victim) in enumerate(zip(seeds, victims, strict=True)):
             when = random.Random(seed).randrange(5)
-            results.append(serve(ctx, group, when + LAST, seed, victim, when, "die"))
+            results.append(serve(ctx, group, when + LAST, seed, victim, when, "die", victims[:i]))
             alive -= 1
             assert sum(group.active()) == alive
         return results
@@ -130,10 +142,11 @@ def test_the_survivors_go_on_when_a_rank_dies(world, hosts, victims, seed):
     for loss in range(len(victims)):
         for number, steps in enumerate(zip(*[result[loss] for result in survivors], strict=True)):
             assert max(seconds for _, _, seconds, _ in steps) < 12, number
-        # At most the operation in which it died failed, and the last ones are right among those who are left.
+        # It failed in what it died in, or in the next one, and for those of other hosts perhaps in both: some of them
+        # may have had its data. The last ones are right among those who are left.
         for result in survivors:
-            assert sum(not right for right, *_ in result[loss]) <= 1
-            assert all(right for right, *_ in result[loss][-LAST + 1 :])
+            assert sum(not right for right, *_ in result[loss]) <= (1 if hosts == 1 else 2)
+            assert all(right for right, *_ in result[loss][-LAST + 2 :])
             assert victims[loss] not in result[loss][-1][1]
 
 
@@ -174,7 +187,7 @@ def _raises(ctx: Ctx, store: str) -> None:
         dist.barrier()
         if ctx.rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        with pytest.raises(RankLost, match=r"all_reduce\(sum\) of 4 float32: rank 1") as raised:
+        with pytest.raises(RankLost, match=r"all_reduce\(sum\) of 4 float32: .*rank 1") as raised:
             dist.all_reduce(torch.ones(4))
         assert raised.value.ranks == (1,)
         tensor = torch.ones(4)
