@@ -42,6 +42,10 @@ class Group:
         self._number: int | None = 1 if base.member is None or base.founded else None
         self._unsure = 0
 
+    def lead(self) -> None:
+        """There is nobody to learn the number of the next operation from: those who come later learn this one's."""
+        self._number = 1
+
     # beginning
 
     def collective(
