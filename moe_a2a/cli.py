@@ -9,6 +9,11 @@ import click
 # Command -> (module, function, the line in --help). These need torch, which `doctor` must be able to do without.
 _LAZY = {
     "bench": ("moe_a2a.bench.command", "bench", "Check dispatch and combine, then time them against baselines."),
+    "bench-report": (
+        "moe_a2a.bench_report.command",
+        "bench_report",
+        "Tabulate logs of SGLang's serving benchmark at several concurrencies.",
+    ),
     "members": ("moe_a2a.membership.commands", "members", "Print a group's view: who is in it, who failed and why."),
     "store": ("moe_a2a.membership.commands", "store", "Serve the membership store, and print its address."),
 }
