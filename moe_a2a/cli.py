@@ -10,6 +10,7 @@ import click
 _LAZY = {
     "bench": ("moe_a2a.bench.command", "bench", "Check dispatch and combine, then time them against baselines."),
     "members": ("moe_a2a.membership.commands", "members", "Print a group's view: who is in it, who failed and why."),
+    "recipe": ("moe_a2a.recipes.commands", "recipe", "Write launch scripts for SGLang: PD, EP and EPD."),
     "store": ("moe_a2a.membership.commands", "store", "Serve the membership store, and print its address."),
 }
 

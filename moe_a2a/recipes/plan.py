@@ -81,24 +81,27 @@ class Check:
 class Plan:
     """A whole deployment.
 
-    name: of the recipe, such as "pd".
+    name: of the recipe, such as "pd". title: a line about it.
     servers: in the order in which they may be started; any order works, since the router waits for them.
     router: takes the requests.
     checks: in the order in which to make them: first that each server is healthy, then a request that proves the rest.
     text: Markdown for whoever runs it: what moves where, what to expect, what does not work today.
     warnings: lines that a user should see at once.
-    image: the container image for compose files.
-    model_path, volumes: what containers must see of the host's file system, ("/data/models",) for a local model.
+    volumes: folders of the hosts that containers must see under the same path, such as that of a local model.
+    image: the container image, for renderers that start containers.
+    rdma: whether containers need the RDMA devices.
     """
 
     name: str
+    title: str
     servers: tuple[Server, ...]
     router: Server
     checks: tuple[Check, ...]
     text: str
     warnings: tuple[str, ...] = ()
-    image: str = ""
     volumes: tuple[str, ...] = ()
+    image: str = ""
+    rdma: bool = True
 
     @property
     def processes(self) -> tuple[Server, ...]:
