@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from moe_a2a.recipes import hosts, memory, models, pd, releases, servers
+from moe_a2a.recipes import ep, epd, hosts, memory, models, pd, releases, servers
 from moe_a2a.recipes.hosts import Group
 from moe_a2a.recipes.plan import Plan, RecipeError
 from moe_a2a.recipes.servers import Policy, Ports, Settings
@@ -47,10 +47,17 @@ COMMON = _options(
 )
 KV = _options(
     click.option(
-        "--transfer", default="mooncake", show_default=True, type=click.Choice(servers.TRANSFERS), help="The KV cache's way."
+        "--transfer",
+        default="mooncake",
+        show_default=True,
+        type=click.Choice(servers.TRANSFERS),
+        help="The KV cache's way.",
     ),
     click.option(
-        "--ib-devices", default="auto", show_default=True, help="RDMA devices: auto, a list, a JSON map from GPU, or a file."
+        "--ib-devices",
+        default="auto",
+        show_default=True,
+        help="RDMA devices: auto, a list, a JSON map from GPU, or a file.",
     ),
 )
 GATE = _options(
@@ -62,7 +69,9 @@ GATE = _options(
     click.option("--bootstrap-port", multiple=True, type=int, help="Where prefill servers meet decode servers."),
 )
 PLACES = _options(
-    click.option("--prefill", multiple=True, required=True, metavar="HOST[:GPUS]", help="A server; with commas, its hosts."),
+    click.option(
+        "--prefill", multiple=True, required=True, metavar="HOST[:GPUS]", help="A server; with commas, its hosts."
+    ),
     click.option("--decode", multiple=True, required=True, metavar="HOST[:GPUS]", help="The same."),
     click.option("--router", metavar="HOST", help="Where the router runs; the first prefill host if it is not given."),
 )
@@ -116,7 +125,9 @@ def groups_of(given: dict[str, Any], *roles: str) -> list[list[Group]]:
     """The servers of each role, from the options of PLACES. GPUs that are not given are the model's usual number."""
     model = models.load(given["model"], given["config"])
     usual = min(model.gpus or given["gpus_per_node"], given["gpus_per_node"])
-    found = [[hosts.group(f"--{role}", text, usual) for text in given[role]] for role in roles]
+    found = [
+        [hosts.group(f"--{role}", text, 1 if role == "encode" else usual) for text in given[role]] for role in roles
+    ]
     hosts.check_groups([one for groups in found for one in groups], given["gpus_per_node"])
     return found
 
@@ -194,6 +205,83 @@ def pd_command(**given: Any) -> None:
             gpu_memory_of(given),
             ports_of(given),
             policy_of(given),
+        )
+
+    run(make, given["form"], given["out"])
+
+
+@recipe.command("ep")
+@COMMON
+@PLACES
+@click.option("--ep", "served_by", type=click.Choice(["moe-a2a", "mooncake"]), help="Whose EP; moe-a2a if it can.")
+@click.option("--elastic", is_flag=True, help="Go on without lost ranks. The page that is written says what serves it.")
+@click.option("--survive", type=int, help="Failures to have room for, with --elastic; 1 if not given.")
+@click.option("--redundant-experts", type=int, help="Redundant experts for balance, without --elastic.")
+@click.option(
+    "--prefill-tokens", type=int, help="Tokens of a prefill step of one GPU: 1024, or 256 with --ep mooncake."
+)
+@click.option("--decode-requests", default=128, show_default=True, type=click.IntRange(1), help="Of one GPU at a time.")
+@click.option("--two-batch-overlap", is_flag=True, help="Communicate while the other half of a batch computes.")
+@KV
+@GATE
+@OUT
+def ep_command(**given: Any) -> None:
+    """DeepSeek-V3 and its kin with expert parallelism, on several machines."""
+
+    def make() -> Plan:
+        prefill, decode = groups_of(given, "prefill", "decode")
+        return ep.plan(
+            settings_of(given, [*prefill, *decode]),
+            prefill,
+            decode,
+            router_host(given, prefill),
+            gpu_memory_of(given),
+            ports_of(given),
+            policy_of(given),
+            ep.Experts(
+                served_by=given["served_by"],
+                elastic=given["elastic"],
+                survive=given["survive"],
+                redundant=given["redundant_experts"],
+                prefill_tokens=given["prefill_tokens"],
+                decode_requests=given["decode_requests"],
+                two_batch_overlap=given["two_batch_overlap"],
+            ),
+        )
+
+    run(make, given["form"], given["out"])
+
+
+@recipe.command("epd")
+@COMMON
+@click.option("--encode", multiple=True, required=True, metavar="HOST[:GPUS]", help="An encoder; 1 GPU if not given.")
+@PLACES
+@click.option("--encode-port", multiple=True, type=int, help="Once for all encoders, or once for each.")
+@click.option(
+    "--encoder-transfer",
+    default="zmq_to_scheduler",
+    show_default=True,
+    type=click.Choice(epd.ENCODER_TRANSFERS),
+    help="The embeddings' way.",
+)
+@KV
+@GATE
+@OUT
+def epd_command(**given: Any) -> None:
+    """Encoders, prefill and decode servers of a vision-language model, on several machines."""
+
+    def make() -> Plan:
+        encode, prefill, decode = groups_of(given, "encode", "prefill", "decode")
+        return epd.plan(
+            settings_of(given, [*encode, *prefill, *decode]),
+            encode,
+            prefill,
+            decode,
+            router_host(given, prefill),
+            gpu_memory_of(given),
+            ports_of(given),
+            policy_of(given),
+            given["encoder_transfer"],
         )
 
     run(make, given["form"], given["out"])

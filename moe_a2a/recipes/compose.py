@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+from moe_a2a.recipes import text
 from moe_a2a.recipes.plan import Plan, Server
 from moe_a2a.recipes.shell import check_script
 
@@ -18,7 +19,12 @@ def render_compose(plan: Plan) -> dict[str, str]:
     names = {host: "compose.yaml" if len(hosts) == 1 else f"compose-{host.replace(':', '_')}.yaml" for host in hosts}
     files = {names[host]: _file(plan, host) for host in hosts}
     files["check.sh"] = check_script(plan.checks)
-    files["README.md"] = _readme(plan, names)
+    starts = [f"docker compose --file {file} up --detach    # on {host}" for host, file in names.items()]
+    needs = (
+        "Containers use the host's network, and GPUs through the NVIDIA container toolkit. Their image is "
+        f"`{plan.image}`; it must have SGLang, sglang-router and the Transfer Engine."
+    )
+    files["README.md"] = text.readme(plan, "each on its host", starts, needs)
     return files
 
 
@@ -27,18 +33,18 @@ def _file(plan: Plan, host: str) -> str:
     return f"# {host}: docker compose --file THIS_FILE up --detach\nservices:\n{services}"
 
 
-def scalar(text: str, literal: bool = True) -> str:
+def scalar(value: str, literal: bool = True) -> str:
     """A quoted YAML scalar, which is what JSON makes of a string; compose's own variables are left alone if `literal`.
 
     A dollar sign begins a variable in compose files, and two are one that does not.
     """
-    return json.dumps(text.replace("$", "$$") if literal else text, ensure_ascii=False)
+    return json.dumps(value.replace("$", "$$") if literal else value, ensure_ascii=False)
 
 
 def _service(plan: Plan, server: Server) -> str:
     lines = [f"  {server.name}:", f"    image: {scalar(plan.image)}"]
     # The host's network and memory: servers find each other by the host's addresses, and their ranks share memory.
-    lines += ["    network_mode: host", "    ipc: host", "    init: true", "    restart: \"no\""]
+    lines += ["    network_mode: host", "    ipc: host", "    init: true", '    restart: "no"']
     if server.place.gpus:
         lines += ["    ulimits:", "      memlock: -1", "      stack: 67108864"]
         lines += ["    cap_add:", "      - IPC_LOCK"]
@@ -53,24 +59,13 @@ def _service(plan: Plan, server: Server) -> str:
     lines += [f"      {name}: {scalar(value)}" for name, value in sorted(server.env.items())]
     lines.append("      HF_TOKEN: ${HF_TOKEN:-}")
     lines.append("    entrypoint:")
-    lines += [f"      - {scalar(text)}" for text in server.command]
+    lines += [f"      - {scalar(word)}" for word in server.command]
     if server.node == 0:
         lines += ["    healthcheck:", "      test:"]
-        lines += [f"        - {scalar(text)}" for text in ("CMD", "curl", "--fail", "--silent", f"{server.url}/health")]
+        lines += [f"        - {scalar(word)}" for word in ("CMD", "curl", "--fail", "--silent", f"{server.url}/health")]
         lines += ["      interval: 15s", "      timeout: 10s", "      start_period: 60m"]
     return "\n".join(lines) + "\n"
 
 
 def _cache(server: Server) -> str:
     return _MODELSCOPE_CACHE if "SGLANG_USE_MODELSCOPE" in server.env else _CACHE
-
-
-def _readme(plan: Plan, names: dict[str, str]) -> str:
-    starts = "\n".join(f"    docker compose --file {file} up --detach    # on {host}" for host, file in names.items())
-    warnings = "".join(f"**{line}**\n\n" for line in plan.warnings)
-    return (
-        f"# {plan.title}\n\n{warnings}{plan.text}\nContainers use the host's network, and the NVIDIA container toolkit for "
-        f"GPUs. Their image is `{plan.image}`; it must have SGLang, sglang-router and the Transfer Engine.\n\nStart, in any "
-        f"order:\n\n{starts}\n\nThen, from anywhere that reaches the hosts:\n\n    ./check.sh\n\nIt ends with 0 once every "
-        "server is healthy and a request has gone the whole way.\n"
-    )

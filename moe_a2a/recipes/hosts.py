@@ -120,14 +120,16 @@ def ib_devices(text: str, places: Iterable[HostGpus]) -> str | None:
         raise RecipeError(f'{option} {text}: not JSON ({error}); a map looks like {{"0": "mlx5_0"}}') from error
     for gpu, names in content.items():
         if not re.fullmatch(r"0|[1-9]\d*", gpu) or not isinstance(names, str):
-            raise RecipeError(f'{option} {text}: {gpu!r}: {names!r} is not a GPU and its devices, such as "0": "mlx5_0"')
+            raise RecipeError(
+                f'{option} {text}: {gpu!r}: {names!r} is not a GPU and its devices, such as "0": "mlx5_0"'
+            )
         _devices(option, text, names)
     needed = {gpu for place in places for gpu in range(place.first, place.last + 1)}
     missing = sorted(needed - {int(gpu) for gpu in content})
     if missing:
         raise RecipeError(
-            f"{option} {text}: no devices for GPU {', '.join(map(str, missing))}; a map names those of every GPU that a "
-            "server uses, by its number on the host"
+            f"{option} {text}: no devices for GPU {', '.join(map(str, missing))}; a map names those of every GPU that "
+            "a server uses, by its number on the host"
         )
     return json.dumps(content)
 
@@ -136,7 +138,8 @@ def _devices(option: str, text: str, names: str) -> None:
     for name in names.split(","):
         if not _DEVICE.fullmatch(name.strip()):
             raise RecipeError(
-                f"{option} {text}: {name!r} is not the name of a device; `ls /sys/class/infiniband` on the host has them"
+                f"{option} {text}: {name!r} is not the name of a device; `ls /sys/class/infiniband` on the host has "
+                "them"
             )
 
 

@@ -103,7 +103,9 @@ def _vision(config: Mapping[str, Any] | None) -> float:
     layers = config.get("depth") or config.get("num_hidden_layers") or 0
     hidden, inner = config.get("hidden_size") or 0, config.get("intermediate_size") or 0
     merged = hidden * int(config.get("spatial_merge_size") or 1) ** 2
-    return float(layers * (4 * hidden**2 + 3 * hidden * inner) + merged * (merged + (config.get("out_hidden_size") or 0)))
+    return float(
+        layers * (4 * hidden**2 + 3 * hidden * inner) + merged * (merged + (config.get("out_hidden_size") or 0))
+    )
 
 
 def _bytes_of_a_weight(model: Model) -> float:
@@ -113,7 +115,7 @@ def _bytes_of_a_weight(model: Model) -> float:
     bits = config.get("bits") or config.get("w_bit")
     if bits:  # packed integers, and for each group a scale of two bytes and a zero of `bits`
         grouped = config.get("group_size") or 128
-        return float(bits) / 8 + (2 + bits / 8) / (grouped if grouped > 0 else model.size("hidden_size"))
+        return float(bits) / 8 + (2 + float(bits) / 8) / (grouped if grouped > 0 else model.size("hidden_size"))
     return 1.0
 
 
@@ -132,8 +134,8 @@ class Share:
 def share(model: Model, gpus: int, memory_gib: float, expert_parallel: bool = False, redundant: int = 0) -> Share:
     """A GPU's share of a server with `gpus` of them. Raises RecipeError if the weights do not fit.
 
-    expert_parallel: experts are spread, and everything else is on every GPU, as with DP attention, --moe-dense-tp-size 1
-        and --enable-dp-lm-head. Otherwise everything is cut into `gpus` parts (the vision encoder is not).
+    expert_parallel: experts are spread, and everything else is on every GPU, as with DP attention, --moe-dense-tp-size
+        1 and --enable-dp-lm-head. Otherwise everything is cut into `gpus` parts (the vision encoder is not).
     redundant: experts beyond the model's.
     """
     all_weights = weights(model)
@@ -146,9 +148,9 @@ def share(model: Model, gpus: int, memory_gib: float, expert_parallel: bool = Fa
     if mine > WEIGHTS_SHARE * found.memory:
         extra = f" with {redundant} redundant experts" if redundant else ""
         raise RecipeError(
-            f"--model {model.path}: its weights{extra} take {found.text} of each GPU if a server has {gpus}, and at most "
-            f"{WEIGHTS_SHARE:.0%} may be weights; give a server more GPUs"
-            f"{', fewer failures to survive' if redundant else ''}, or --gpu if yours have more memory"
+            f"--model {model.path}: its weights{extra} take {found.text} of each GPU if a server has {gpus}, and at "
+            f"most {WEIGHTS_SHARE:.0%} may be weights; give a server more "
+            f"GPUs{', fewer failures to survive' if redundant else ''}, or --gpu if yours have more memory"
         )
     return found
 

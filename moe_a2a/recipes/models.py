@@ -120,8 +120,8 @@ def load(path: str, config: str | None = None) -> Model:
     entry = _data().get(path)
     if entry is None:
         raise RecipeError(
-            f"--model {path}: not one of the models that need no config.json ({', '.join(known())}); "
-            "give --config config.json, its configuration file"
+            f"--model {path}: not one of the models that need no config.json ({', '.join(known())}); give --config "
+            "config.json, its configuration file"
         )
     entry = {**_data().get(entry.get("like", ""), {}), **entry}
     return Model(path, entry["config"], entry["gpus"], tuple(entry.get("flags", ())))

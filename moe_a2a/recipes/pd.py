@@ -32,11 +32,11 @@ def plan(
     )
     gate = servers.router(router_host, given.router, found, policy)
     ports.check((*found, gate))
-    page = Page(settings, found, gate)
+    page = Page(settings, (*found, gate))
     page.what(
-        f"{len(prefill)} prefill and {len(decode)} decode servers with tensor parallelism. A request goes to the router, "
-        "which picks one of each. The prefill server computes the prompt's KV cache and sends it to the decode server, "
-        "GPU to GPU; nothing else crosses between them."
+        f"{len(prefill)} prefill and {len(decode)} decode servers with tensor parallelism. A request goes to the "
+        "router, which picks one of each. The prefill server computes the prompt's KV cache and sends it to the "
+        "decode server, GPU to GPU; nothing else crosses between them."
     )
     for gpus, share in shares.items():
         page.fits(f"weights on {gpus} {'GPU' if gpus == 1 else 'GPUs'}", share)

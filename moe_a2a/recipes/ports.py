@@ -31,7 +31,7 @@ def given(option: str, values: Sequence[int], count: int) -> list[int | None]:
         raise RecipeError(
             f"{option} is given {len(values)} times for {count} servers; give it once, or once for each of them"
         )
-    return list(values) * (count if len(values) == 1 else 1)
+    return [*values] * (count if len(values) == 1 else 1)
 
 
 def internal(http: int, rendezvous: int | None) -> dict[str, int]:

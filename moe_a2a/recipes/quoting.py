@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 def word(text: str, variables: Mapping[str, str] | None = None) -> str:
     """A shell word that expands to `text`.
 
-    variables: parts of `text` that stand for a value known only when the script runs, and the shell variable (a name, or
-        such as "PREFILL_IPS[0]") that has it then: {"prefill-0.invalid": "PREFILL_IPS[0]"} makes
+    variables: parts of `text` that stand for a value known only when the script runs, and the shell variable (a name,
+        or such as "PREFILL_IPS[0]") that has it then: {"prefill-0.invalid": "PREFILL_IPS[0]"} makes
         'http://'"${PREFILL_IPS[0]}"':30000' of "http://prefill-0.invalid:30000". A place holder must be a name that no
         user can give; recipes for hosts that are not known yet use names that end in .invalid (RFC 6761).
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -83,12 +84,14 @@ class Kind:
     """Flags and environment of the servers of a role, beside those that follow from their hosts.
 
     data_parallel_attention: whether SGLang opens ports for it.
+    ports: more that it listens on: what for, the flag, and the first server's number on a host.
     """
 
     role: Role
     flags: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
     data_parallel_attention: bool = False
+    ports: tuple[tuple[str, str, int], ...] = ()
 
 
 def build(settings: Settings, kind: Kind, groups: Sequence[Group], given: Ports) -> tuple[Server, ...]:
@@ -104,6 +107,7 @@ def build(settings: Settings, kind: Kind, groups: Sequence[Group], given: Ports)
         listening = {"http": http[number] or ports.HTTP[kind.role] + 10 * nth}
         if kind.role == "prefill":
             listening["bootstrap"] = bootstrap[number] or ports.BOOTSTRAP + nth
+        listening |= {what: base + nth for what, _, base in kind.ports}
         if len(one.places) > 1:
             listening["rendezvous"] = ports.RENDEZVOUS + 10 * nth
         found += _server(settings, kind, number, one, listening)
@@ -122,6 +126,8 @@ def _server(settings: Settings, kind: Kind, number: int, one: Group, listening: 
         command += ["--port", str(listening["http"]), *mode]
         if "bootstrap" in listening:
             command += ["--disaggregation-bootstrap-port", str(listening["bootstrap"])]
+        for what, flag, _ in kind.ports:
+            command += [flag, str(listening[what])]
         command += ["--tp-size", str(one.gpus)]
         if place.first:
             command += ["--base-gpu-id", str(place.first)]
@@ -133,9 +139,17 @@ def _server(settings: Settings, kind: Kind, number: int, one: Group, listening: 
         if node == 0 and kind.data_parallel_attention:
             mine |= ports.internal(listening["http"], meeting)
         name = f"{kind.role}-{number}" + (f"-node-{node}" if node else "")
-        env = {**settings.env, **kind.env}
+        env = {**settings.env, **_own_address(place.host), **kind.env}
         processes.append(Server(kind.role, name, place, listening["http"], tuple(command), env, mine, node))
     return processes
+
+
+def _own_address(host: str) -> dict[str, str]:
+    """Where the KV cache is to be sent to. Without it SGLang chooses among the host's addresses by itself."""
+    try:
+        return {"SGLANG_HOST_IP": str(ipaddress.ip_address(host))}
+    except ValueError:  # a name
+        return {}
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe_a2a.recipes import quoting
+from moe_a2a.recipes import quoting, text
 from moe_a2a.recipes.plan import Check, Plan, Server
 
 _HEAD = "#!/usr/bin/env bash\n"
@@ -23,7 +23,8 @@ wait_for() { # what it shows, URL
 }
 
 ask() { # what it shows, URL, JSON
-    if ! curl --silent --show-error --fail --max-time 600 --header 'Content-Type: application/json' --data "$3" "$2"; then
+    local kind='Content-Type: application/json'
+    if ! curl --silent --show-error --fail --max-time 600 --header "$kind" --data "$3" "$2"; then
         echo "not so: $1 ($2)" >&2
         exit 1
     fi
@@ -35,21 +36,24 @@ ask() { # what it shows, URL, JSON
 
 
 def render_shell(plan: Plan) -> dict[str, str]:
-    """File name -> text: NAME.sh for every process, check.sh, README.md. Scripts begin with #! and are to be executable."""
+    """File name -> text: NAME.sh for every process, check.sh, README.md. Scripts begin with #!."""
     files = {f"{server.name}.sh": script(server) for server in plan.processes}
     files["check.sh"] = check_script(plan.checks)
-    files["README.md"] = readme(plan)
+    starts = [f"./{server.name}.sh    # on {server.host}" for server in plan.processes]
+    files["README.md"] = text.readme(plan, "each in a terminal of its own or under your supervisor", starts)
     return files
 
 
 def script(server: Server) -> str:
     """What starts one process in the foreground; whoever starts it ends it with SIGTERM."""
     place = server.place
-    gpus = "" if not place.gpus else f", GPU {place.first}" if place.gpus == 1 else f", GPUs {place.first} to {place.last}"
+    gpus = (
+        "" if not place.gpus else f", GPU {place.first}" if place.gpus == 1 else f", GPUs {place.first} to {place.last}"
+    )
     exports = "".join(f"export {name}={quoting.word(value)}\n" for name, value in sorted(server.env.items()))
     return (
-        f"{_HEAD}# {server.name}: run on {server.host}{gpus}.\nset -euo pipefail\n{exports}"
-        f"exec {quoting.lines(server.command)}\n"
+        f"{_HEAD}# {server.name}: run on {server.host}{gpus}.\nset -euo pipefail\n{exports}exec "
+        f"{quoting.lines(server.command)}\n"
     )
 
 
@@ -57,17 +61,8 @@ def check_script(checks: tuple[Check, ...]) -> str:
     """Waits for what is to become true, then makes the requests that prove the rest."""
     calls = ""
     for check in checks:
-        words = ["wait_for", check.name, check.url] if check.body is None else ["ask", check.name, check.url, check.body]
+        words = (
+            ["wait_for", check.name, check.url] if check.body is None else ["ask", check.name, check.url, check.body]
+        )
         calls += quoting.line(words) + "\n"
     return f"{_HEAD}# Waits for all servers, at most as many seconds as its argument says, then asks.\n{_CHECK}{calls}"
-
-
-def readme(plan: Plan) -> str:
-    """What runs where, and how to start it."""
-    starts = "\n".join(f"    ./{server.name}.sh    # on {server.host}" for server in plan.processes)
-    warnings = "".join(f"**{line}**\n\n" for line in plan.warnings)
-    return (
-        f"# {plan.title}\n\n{warnings}{plan.text}\nStart, in any order, each in a terminal of its own or under your "
-        f"supervisor:\n\n{starts}\n\nThen, from anywhere that reaches the hosts:\n\n    ./check.sh\n\nIt ends with 0 once "
-        "every server is healthy and a request has gone the whole way.\n"
-    )

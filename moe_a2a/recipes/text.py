@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moe_a2a.recipes.memory import Share
-from moe_a2a.recipes.plan import Server
+from moe_a2a.recipes.plan import Plan, Server
 from moe_a2a.recipes.servers import Settings
 
 _TRANSFERS = {
@@ -20,8 +20,8 @@ _TRANSFERS = {
 class Page:
     """Markdown in the order in which it is added, after a table of processes."""
 
-    def __init__(self, settings: Settings, servers: Sequence[Server], router: Server) -> None:
-        self._settings, self._processes = settings, (*servers, router)
+    def __init__(self, settings: Settings, processes: Sequence[Server] = ()) -> None:
+        self._settings, self.processes = settings, tuple(processes)
         self._paragraphs: list[str] = []
         self._sizes: list[str] = []
 
@@ -35,7 +35,7 @@ class Page:
 
     def fits(self, what: str, share: Share) -> None:
         """What weights take of a GPU."""
-        self._sizes.append(f"{what} take {share.text} of each")
+        self._sizes.append(f"{what} take {share.text} of each GPU")
 
     def transfer(self) -> None:
         """How the KV cache travels, and over which devices."""
@@ -45,7 +45,7 @@ class Page:
 
     def text(self) -> str:
         rows = ["| process | host | GPUs | port |", "|---|---|---|---|"]
-        for server in self._processes:
+        for server in self.processes:
             place = server.place
             gpus = f"{place.first} to {place.last}" if place.gpus > 1 else str(place.first) if place.gpus else ""
             rows.append(f"| {server.name} | {server.host} | {gpus} | {server.port if server.node == 0 else ''} |")
@@ -55,3 +55,19 @@ class Page:
             "must be trusted."
         )
         return "\n\n".join(["\n".join(rows), *self._paragraphs, *sizes, trust]) + "\n"
+
+
+def readme(plan: Plan, how: str, starts: Sequence[str], *more: str) -> str:
+    """README.md of a rendered plan: its text, `more` paragraphs, and the commands that start and check it."""
+    paragraphs = [
+        f"# {plan.title}",
+        *(f"**{line}**" for line in plan.warnings),
+        plan.text.rstrip(),
+        *more,
+        f"Start, in any order, {how}:",
+        "\n".join(f"    {command}" for command in starts),
+        "Then, from anywhere that reaches the hosts:",
+        "    ./check.sh",
+        "It ends with 0 once every server is healthy and a request has gone the whole way.",
+    ]
+    return "\n\n".join(paragraphs) + "\n"
