@@ -135,8 +135,8 @@ def _served_by(experts: Experts, groups: Sequence[Group]) -> Served:
         # Mooncake's own EP is not chosen in silence for servers of several hosts: it has other limits.
         if experts.served_by == "moe-a2a" or (experts.served_by is None and not experts.elastic):
             raise RecipeError(
-                f"{one.option} {one.text}: moe-a2a would refuse it ({error}). In recipes that is --ep mooncake; or give "
-                "a server one host, and no --elastic"
+                f"{one.option} {one.text}: moe-a2a would refuse it ({error}). Give --ep mooncake, or one host a server "
+                "and no --elastic"
             ) from error
         return "mooncake"
     return experts.served_by or "moe-a2a"

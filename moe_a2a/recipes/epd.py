@@ -95,8 +95,7 @@ def _check_model(model: Model, encode: Sequence[Group]) -> None:
         if isinstance(heads, int) and heads % one.gpus:
             raise RecipeError(
                 f"--encode {one.text}: the vision encoder's {heads} heads cannot be cut into {one.gpus} equal parts; "
-                "give "
-                "encoders 1 GPU"
+                "give encoders 1 GPU"
             )
 
 
