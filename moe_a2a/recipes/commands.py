@@ -14,6 +14,7 @@ from moe_a2a.recipes import ep, epd, hosts, memory, models, pd, releases, server
 from moe_a2a.recipes.hosts import Group
 from moe_a2a.recipes.plan import Plan, RecipeError
 from moe_a2a.recipes.servers import Policy, Ports, Settings
+from moe_a2a.recipes.slurm_command import slurm_command
 from moe_a2a.recipes.write import FORMATS, write
 
 Command = Callable[..., None]
@@ -25,6 +26,9 @@ def recipe() -> None:
 
     docs/recipes.md says which recipe is for what.
     """
+
+
+recipe.add_command(slurm_command)
 
 
 def _options(*wanted: Callable[[Command], Command]) -> Callable[[Command], Command]:
