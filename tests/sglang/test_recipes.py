@@ -1,7 +1,7 @@
 """Every command that `moe-a2a recipe` writes goes through the parser and the validation of the SGLang it is for.
 
-Nothing is started: SGLang's questions about GPUs and RDMA devices are answered as 8 H200 would, for as long as arguments
-are resolved. Its answers about the network are its own.
+Nothing is started: SGLang's questions about GPUs and RDMA devices are answered as 8 H200 would, for as long as
+arguments are resolved. Its answers about the network are its own.
 """
 
 from __future__ import annotations
@@ -38,14 +38,15 @@ HOSTS = "--prefill 192.0.2.10 --decode 192.0.2.11"
 IPV6 = "--prefill [2001:db8::10] --decode [2001:db8::11]"
 MAP = """'{"0": "mlx5_0", "1": "mlx5_1", "2": "mlx5_0", "3": "mlx5_0", "4": "mlx5_1", "5": "mlx5_1"}'"""
 DEEPSEEK = f"ep --model deepseek-ai/DeepSeek-V3 {HOSTS}"
+LARGE = "--prefill 192.0.2.1,192.0.2.2 --decode 192.0.2.3,192.0.2.4,192.0.2.5,192.0.2.6 --transfer mooncake_tcp"
 VISION = "--encode 192.0.2.10:0-1 --encode 192.0.2.10:2-2 --prefill 192.0.2.10:3-3 --decode 192.0.2.11:1"
 
 RECIPES = [
     *[f"pd --model {name} {HOSTS}" for name in models.known()],
     "pd-single --model meta-llama/Llama-3.1-8B-Instruct",
-    "pd-single --model Qwen/Qwen3-32B --tp 2 --prefill-servers 2 --decode-servers 2 --transfer mooncake_tcp --modelscope",
+    "pd-single --model Qwen/Qwen3-32B --prefill-servers 2 --decode-servers 2 --transfer mooncake_tcp --modelscope",
     f"pd --model Qwen/Qwen3-32B {IPV6} --transfer nixl",
-    f"pd --model amd/Llama-3.3-70B-Instruct-FP8-KV {HOSTS} --ib-devices mlx5_0,mlx5_1 --flags '--mem-fraction-static 0.8'",
+    f"pd --model amd/Llama-3.3-70B-Instruct-FP8-KV {HOSTS} --ib-devices mlx5_0,mlx5_1 --flags '--page-size 64'",
     f"pd --model Qwen/Qwen3-32B --prefill 192.0.2.10:0-1 --decode 192.0.2.10:2-5 --ib-devices {MAP}",
     "pd --model amd/Llama-3.1-405B-Instruct-FP8-KV --prefill 192.0.2.1,192.0.2.2 --decode 192.0.2.3",
     DEEPSEEK,
@@ -53,8 +54,7 @@ RECIPES = [
     f"{DEEPSEEK} --two-batch-overlap",
     f"{DEEPSEEK} --ep mooncake --ib-devices mlx5_0",
     f"{DEEPSEEK} --elastic --survive 1",
-    "ep --model deepseek-ai/DeepSeek-R1 --ep mooncake --gpu h100 --elastic --survive 2 --transfer mooncake_tcp "
-    "--prefill 192.0.2.1,192.0.2.2 --decode 192.0.2.3,192.0.2.4,192.0.2.5,192.0.2.6",
+    f"ep --model deepseek-ai/DeepSeek-R1 --ep mooncake --gpu h100 --elastic --survive 2 {LARGE}",
     f"epd --model Qwen/Qwen2.5-VL-7B-Instruct {VISION}",
     f"epd --model Qwen/Qwen3-VL-8B-Instruct {VISION} --encoder-transfer mooncake --transfer mooncake_tcp",
     f"epd --model Qwen/Qwen3-VL-8B-Instruct {VISION} --encoder-transfer mooncake --ib-devices mlx5_0",
@@ -80,7 +80,7 @@ def resolve(server: Server, config: Path, *more: str) -> Any:
     infiniband = "/sys/class/infiniband"
     with (
         fake_gpu(),
-        mock.patch.object(torch.cuda, "device_count", lambda: 8),
+        mock.patch.object(torch.cuda, "device_count", return_value=8),
         mock.patch.dict(os.environ, server.env),
         mock.patch.object(os.path, "isdir", lambda path: path == infiniband or real_isdir(path)),
         mock.patch.object(os, "listdir", lambda path=".": DEVICES if path == infiniband else real_listdir(path)),
@@ -133,7 +133,9 @@ def test_every_command_is_valid(recipe: str, configs: Path) -> None:
 
 def test_the_examples_are_for_releases_that_are_tried() -> None:
     tried = {"0.5.17", "0.5.20", "0.5.23"}
-    assert {shlex.split(command)[shlex.split(command).index("--sglang") + 1] for command in make.COMMANDS.values()} <= tried
+    assert {
+        shlex.split(command)[shlex.split(command).index("--sglang") + 1] for command in make.COMMANDS.values()
+    } <= tried
 
 
 @pytest.mark.parametrize("name", [name for name in make.COMMANDS if f"--sglang {VERSION} " in make.COMMANDS[name]])
@@ -167,7 +169,7 @@ def test_prefill_servers_know_all_encoders(configs: Path) -> None:
     assert got["language_only"] and got["encoder_urls"] == ["http://192.0.2.10:30200", "http://192.0.2.10:30210"]
 
 
-@pytest.fixture()
+@pytest.fixture
 def bound() -> Iterator[list[int]]:
     """The ports that SGLang tries to have for itself."""
     found: list[int] = []
