@@ -9,6 +9,7 @@ session of its own which only `docker` ends, as with the real one: it outlives t
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -24,7 +25,18 @@ HERE = Path(__file__).resolve()
 TOOLS = ("sbatch", "srun", "scontrol", "getent", "docker", "hostname")
 INSIDE = ("python3", "etcd")
 #: Options of `docker run` that have a value.
-VALUED = {"--name", "--network", "--ipc", "--ulimit", "--volume", "--env", "--gpus", "--device", "--cap-add", "--group-add"}
+VALUED = {
+    "--name",
+    "--network",
+    "--ipc",
+    "--ulimit",
+    "--volume",
+    "--env",
+    "--gpus",
+    "--device",
+    "--cap-add",
+    "--group-add",
+}
 
 
 class Cluster:
@@ -98,6 +110,8 @@ def srun(words: list[str]) -> int:
     while command and command[0].startswith("--"):
         options.append(command.pop(0))
     node = next(option.partition("=")[2] for option in options if option.startswith("--nodelist="))
+    if node == os.environ.get("FAKE_BLIND"):  # a node that does not have the shared folder
+        command = [word.replace("shared logs", "not shared") for word in command]
     return _run(command, {**os.environ, "FAKE_NODE": node, "SLURM_PROCID": "0"})
 
 
@@ -156,12 +170,7 @@ def _docker_run(words: list[str], folder: Path) -> int:
         log.write(json.dumps(record) + "\n")
     environment |= {key: value for key, value in os.environ.items() if key.startswith("FAKE_")}
     environment["PATH"] = f"{folder.parent / 'inside'}:{os.environ['PATH']}"
-    process = subprocess.Popen(command, env=environment, start_new_session=True)
-    (folder / name).write_text(str(process.pid))
-    signal.signal(signal.SIGTERM, lambda *_: process.terminate())  # --sig-proxy
-    code = process.wait()
-    (folder / name).unlink(missing_ok=True)
-    return code if code >= 0 else 128 - code
+    return _run(command, environment, folder / name)  # signals go to the container, as with --sig-proxy
 
 
 def _end(file: Path, grace: float) -> bool:
@@ -180,11 +189,20 @@ def _end(file: Path, grace: float) -> bool:
     return True
 
 
-def _run(command: Sequence[str], environment: Mapping[str, str]) -> int:
-    process = subprocess.Popen(command, env=environment)
-    for name in (signal.SIGTERM, signal.SIGINT):
+def _run(command: Sequence[str], environment: Mapping[str, str], container: Path | None = None) -> int:
+    """Run it, hand signals on to it, return its code. A container has a session of its own, and a file with its id."""
+    signals = {signal.SIGTERM, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # until there is a process to hand them to
+    unblock = functools.partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, signals)
+    process = subprocess.Popen(command, env=environment, start_new_session=container is not None, preexec_fn=unblock)
+    if container is not None:
+        container.write_text(str(process.pid))
+    for name in signals:
         signal.signal(name, lambda number, _: process.send_signal(number))
+    unblock()
     code = process.wait()
+    if container is not None:
+        container.unlink(missing_ok=True)
     return code if code >= 0 else 128 - code
 
 

@@ -1,13 +1,14 @@
 """Stands in for `python -m sglang.benchmark.serving` where SGLang is not installed.
 
-It takes those of the client's options that the Slurm recipe uses, makes real requests, and prints a table of the client's
-form. (The client itself: tests/sglang/test_serving_client.py.)
+It takes those of the client's options that the Slurm recipe uses, makes real requests, and prints a table of the
+client's form. (The client itself: tests/sglang/test_serving_client.py.)
 """
 
 from __future__ import annotations
 
 import argparse
 import http.client
+import itertools
 import json
 import statistics
 import sys
@@ -35,7 +36,7 @@ def request(args: argparse.Namespace) -> tuple[float, float, list[float]] | None
         return None
     if answer.status != 200 or len(arrived) != args.random_output_len:
         return None
-    gaps = [later - earlier for earlier, later in zip(arrived, arrived[1:], strict=False)]
+    gaps = [later - earlier for earlier, later in itertools.pairwise(arrived)]
     return arrived[0], arrived[-1], gaps or [0.0]
 
 

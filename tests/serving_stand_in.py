@@ -76,7 +76,8 @@ class StandIn:
     async def generate(self, writer: asyncio.StreamWriter, request: dict[str, Any]) -> bool:
         number = next(self.generated)
         args = self.args
-        if args.refuse_every and number % args.refuse_every == 0:
+        late = args.refuse_after is not None and number > args.refuse_after
+        if late or (args.refuse_every and number % args.refuse_every == 0):
             self.send(writer, 503, {"error": "the stand-in refuses this one"})
             return True
         tokens = request["sampling_params"]["max_new_tokens"]
@@ -133,6 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--token-ms", type=float, default=1.0, help="Between tokens.")
     parser.add_argument("--cut-every", type=int, default=0)
     parser.add_argument("--refuse-every", type=int, default=0)
+    parser.add_argument("--refuse-after", type=int, help="Every request after so many.")
     parser.add_argument("--unhealthy-s", type=float, default=0.0)
     parser.add_argument("--exit-after-s", type=float, help="Fail then, with exit code 1.")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -47,6 +47,7 @@ RUN python3 -m pip freeze | grep --extended-regexp '^(torch|numpy|sglang)==' > /
 _AMD = """\
 # No torch of ours, and no experts: only the tools of moe-a2a. Its EP needs NVIDIA GPUs. The Transfer Engine must be the
 # base image's own, built for ROCm: the wheels of the index are for CUDA or for no GPU.
+# hadolint ignore=DL3013
 RUN wheel="$(echo /opt/wheels/moe_a2a-*.whl)" \\
     && python3 -m pip install --no-cache-dir --no-deps "${{wheel}}" \\
     && python3 -m pip install --no-cache-dir "click>=8.1" "packaging>=23" "rich>=13.7" "{router}" \\

@@ -78,12 +78,11 @@ finish() {
     trap '' TERM INT
     local name
     for name in "${!started[@]}"; do
-        running "$name" && log "$name: stopping" && docker stop --time 30 "$(container_name "$name")" >/dev/null
-    done
-    wait
-    # Also what never came up, or was just starting when it was told to stop.
-    for name in "${!started[@]}"; do
-        docker rm --force "$(container_name "$name")" >/dev/null 2>&1
+        # Again and again: a container that is only being made cannot be stopped yet.
+        while running "$name"; do
+            log "$name: stopping"
+            docker stop --time 30 "$(container_name "$name")" >/dev/null 2>&1 || sleep 1
+        done
     done
     log "ended"
 }
