@@ -16,6 +16,10 @@ from moe_a2a.recipes.releases import Release
 
 PYTHON = "python3"
 
+#: How long the router waits for a request, from its first byte to its last: as long as SGLang's benchmark client does.
+#: The router's own half hour cuts the streams of a long queue (docs/troubleshooting.md, "Requests dropped").
+REQUEST_SECONDS = 21600
+
 #: --transfer: SGLang's backends for the KV cache that recipes know.
 TRANSFERS = ("mooncake", "mooncake_tcp", "nixl")
 
@@ -165,7 +169,7 @@ def router(host: str, port: int, servers: Sequence[Server], policy: Policy) -> S
     command = [PYTHON, "-m", "sglang_router.launch_router", "--pd-disaggregation", "--host", host, "--port", str(port)]
     command += ["--prefill-policy", policy.prefill, "--decode-policy", policy.decode]
     # Weights of hundreds of GiB take longer than the router's half hour on some file systems.
-    command += ["--worker-startup-timeout-secs", "3600"]
+    command += ["--worker-startup-timeout-secs", "3600", "--request-timeout-secs", str(REQUEST_SECONDS)]
     for server in servers:
         if server.node == 0 and server.role == "prefill":
             command += ["--prefill", server.url, str(server.ports["bootstrap"])]
