@@ -140,8 +140,20 @@ def policy_of(given: dict[str, Any]) -> Policy:
     return Policy(given["prefill_policy"], given["decode_policy"])
 
 
-def gpu_memory_of(given: dict[str, Any]) -> float:
-    return memory.gpu_memory(given["gpu"])[0]
+def gpu_memory_of(given: dict[str, Any], kernels: bool = False) -> float:
+    """GiB of --gpu. kernels: whether the recipe runs this package's, which are for NVIDIA GPUs. Raises RecipeError."""
+    gib, maker = memory.gpu_memory(given["gpu"])
+    if maker == "amd" and kernels:
+        raise RecipeError(
+            f"--gpu {given['gpu']}: --moe-a2a-backend mooncake is for NVIDIA GPUs, in moe-a2a as in Mooncake's own EP; "
+            "use `moe-a2a recipe pd`, which AMD GPUs can run"
+        )
+    if maker == "amd" and given["form"] == "compose":
+        raise RecipeError(
+            f"--gpu {given['gpu']} with --format compose: these files hand out GPUs through NVIDIA's container toolkit; "
+            "use --format shell inside containers of yours"
+        )
+    return gib
 
 
 def router_host(given: dict[str, Any], first: Sequence[Group]) -> str:
@@ -239,7 +251,7 @@ def ep_command(**given: Any) -> None:
             prefill,
             decode,
             router_host(given, prefill),
-            gpu_memory_of(given),
+            gpu_memory_of(given, kernels=True),
             ports_of(given),
             policy_of(given),
             ep.Experts(

@@ -8,5 +8,6 @@ exec python3 -m sglang_router.launch_router \
     --prefill-policy cache_aware \
     --decode-policy round_robin \
     --worker-startup-timeout-secs 3600 \
+    --request-timeout-secs 21600 \
     --prefill http://127.0.0.1:30000 8998 \
     --decode http://127.0.0.1:30100
