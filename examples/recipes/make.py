@@ -34,15 +34,27 @@ COMMANDS = {
         --encode 192.0.2.10:0-0 --encode 192.0.2.10:1-1 --prefill 192.0.2.10:2-2 --decode 192.0.2.11:1""",
 }
 
+#: The same, for jobs: their hosts are known when they run.
+JOBS = {
+    "slurm": """recipe slurm --sglang 0.5.20 --model amd/Llama-3.3-70B-Instruct-FP8-KV
+        --model meta-llama/Llama-3.1-8B-Instruct --model Qwen/Qwen3-32B --partition gpu""",
+    "slurm-amd": """recipe slurm --sglang 0.5.20 --gpu mi300x --model amd/Llama-3.1-405B-Instruct-FP8-KV
+        --model amd/Llama-3.3-70B-Instruct-FP8-KV --model mistralai/Mixtral-8x7B-Instruct-v0.1
+        --model deepseek-ai/DeepSeek-V3""",
+    "slurm-ep": """recipe slurm --sglang 0.5.23 --model deepseek-ai/DeepSeek-V3 --model deepseek-ai/DeepSeek-R1
+        --ep moe-a2a --partition gpu""",
+}
+ALL = {**COMMANDS, **JOBS}
+
 
 def render(name: str, out: Path) -> None:
     """Run a command, with its output in `out`, which is made anew. Raises RuntimeError."""
     shutil.rmtree(out, ignore_errors=True)
-    done = CliRunner().invoke(main, [*shlex.split(COMMANDS[name]), "--out", str(out)])
+    done = CliRunner().invoke(main, [*shlex.split(ALL[name]), "--out", str(out)])
     if done.exit_code != 0:
-        raise RuntimeError(f"moe-a2a {COMMANDS[name]}: {done.output}") from done.exception
+        raise RuntimeError(f"moe-a2a {ALL[name]}: {done.output}") from done.exception
 
 
 if __name__ == "__main__":
-    for folder in COMMANDS:
+    for folder in ALL:
         render(folder, HERE / folder)

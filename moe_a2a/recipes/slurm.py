@@ -138,7 +138,8 @@ def _settings(job: Job, plans: Sequence[Plan]) -> str:
     router = servers.router(_PROXY, job.given.router, (), job.policy)
     devices = [*_DEVICES[job.maker], *(_RDMA if plans[0].rdma else ())]
     lines = [
-        "# shellcheck shell=bash disable=SC2034 # read by the other scripts",
+        "#!/usr/bin/env bash",
+        "# shellcheck disable=SC2034 # read by the other scripts",
         f"# Written by moe-a2a recipe slurm: SGLang {job.settings[0].release.version}, {job.gpu}.",
         f"SGLANG={quoting.word(job.settings[0].release.version)}",
         f"MODELS=({quoting.line(names)})",
