@@ -9,7 +9,7 @@ session of its own which only `docker` ends, as with the real one: it outlives t
 from __future__ import annotations
 
 import contextlib
-import functools
+import ctypes
 import json
 import os
 import re
@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+PR_SET_PDEATHSIG = 1
 HERE = Path(__file__).resolve()
 TOOLS = ("sbatch", "srun", "scontrol", "getent", "docker", "hostname")
 INSIDE = ("python3", "etcd")
@@ -193,13 +194,18 @@ def _run(command: Sequence[str], environment: Mapping[str, str], container: Path
     """Run it, hand signals on to it, return its code. A container has a session of its own, and a file with its id."""
     signals = {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # until there is a process to hand them to
-    unblock = functools.partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, signals)
-    process = subprocess.Popen(command, env=environment, start_new_session=container is not None, preexec_fn=unblock)
+
+    def begin() -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+        if container is None:  # a step goes with its srun, as slurmd sees to it
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    process = subprocess.Popen(command, env=environment, start_new_session=container is not None, preexec_fn=begin)
     if container is not None:
         container.write_text(str(process.pid))
     for name in signals:
         signal.signal(name, lambda number, _: process.send_signal(number))
-    unblock()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
     code = process.wait()
     if container is not None:
         container.unlink(missing_ok=True)

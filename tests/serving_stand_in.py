@@ -16,7 +16,6 @@ import itertools
 import json
 import resource
 import signal
-import sys
 import time
 from collections.abc import Sequence
 from http import HTTPStatus
@@ -110,16 +109,12 @@ class StandIn:
 async def serve(args: argparse.Namespace) -> None:
     stop = asyncio.Event()
     for name in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(name, stop.set)
+        asyncio.get_running_loop().add_signal_handler(name, (lambda: None) if args.ignore_term else stop.set)
     server = await asyncio.start_server(StandIn(args).connection, args.host, args.port, backlog=BACKLOG)
     port = server.sockets[0].getsockname()[1]
     print(f"stand-in for a server (no model), mode {args.mode}: serving on {args.host}:{port}", flush=True)
-    if args.exit_after_s is None:
-        await stop.wait()
-        print("stand-in: ended by a signal", flush=True)
-        return
-    await asyncio.sleep(args.exit_after_s)
-    sys.exit(f"stand-in: failing after {args.exit_after_s} s, as it was told to")
+    await stop.wait()
+    print("stand-in: ended by a signal", flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -136,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--refuse-every", type=int, default=0)
     parser.add_argument("--refuse-after", type=int, help="Every request after so many.")
     parser.add_argument("--unhealthy-s", type=float, default=0.0)
-    parser.add_argument("--exit-after-s", type=float, help="Fail then, with exit code 1.")
+    parser.add_argument("--ignore-term", action="store_true", help="Go on after SIGTERM.")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 65536)), hard))
     asyncio.run(serve(parser.parse_args(arguments)))

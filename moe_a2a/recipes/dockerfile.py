@@ -25,6 +25,7 @@ SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 
 # libibverbs finds the providers of Mellanox, Broadcom, Intel and others in ibverbs-providers. It must be no older than
 # the firmware asks for: put your vendor's packages here where the distribution's do not show your devices.
+# etcd of Ubuntu 24.04 is 3.4, as membership stores of moe-a2a need; that of 22.04 is older and good for nothing here.
 # hadolint ignore=DL3008
 RUN apt-get update \\
     && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends \\

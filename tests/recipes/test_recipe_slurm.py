@@ -172,6 +172,18 @@ def test_a_job_that_is_cancelled_leaves_nothing_behind(
     assert nothing_is_left(cluster)
 
 
+def test_a_server_that_does_not_listen_is_removed(cluster: Cluster, recipe: Path, tmp_path: Path) -> None:
+    job = Job(cluster, recipe, 3, tmp_path, FAKE_DECODE="--ignore-term", SKIP_BENCHMARK="1", TEARDOWN_SECONDS="2")
+    job.wait_for(lambda: "serving until the job ends" in job.log("pd_sglang_bench_serving.sh_NODE0.log"))
+    job.process.send_signal(signal.SIGTERM)
+    code, output = job.end()
+    assert code == 143 and "NODE2 did not end within 2 s: its containers are removed" in output
+    deadline = time.monotonic() + 30  # what ran `docker stop` ends when the container is gone
+    while not nothing_is_left(cluster) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert nothing_is_left(cluster)
+
+
 def test_a_run_of_the_benchmark_without_a_result_is_named(cluster: Cluster, recipe: Path, tmp_path: Path) -> None:
     # The first request, of the check, succeeds; then there are none that do.
     job = Job(cluster, recipe, 3, tmp_path, FAKE_ROUTER="--refuse-after 1", BENCHMARK_CONCURRENCY_LEVELS="2")

@@ -78,10 +78,10 @@ finish() {
     trap '' TERM INT
     local name
     for name in "${!started[@]}"; do
-        # Again and again: a container that is only being made cannot be stopped yet.
+        # Again and again: a container that is only being made cannot be stopped yet. 20 s: Slurm kills after 30.
         while running "$name"; do
             log "$name: stopping"
-            docker stop --time 30 "$(container_name "$name")" >/dev/null 2>&1 || sleep 1
+            docker stop --time 20 "$(container_name "$name")" >/dev/null 2>&1 || sleep 1
         done
     done
     log "ended"
