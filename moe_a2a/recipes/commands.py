@@ -141,12 +141,12 @@ def gpu_memory_of(given: dict[str, Any], kernels: bool = False) -> float:
     gib, maker = memory.gpu_memory(given["gpu"])
     if maker == "amd" and kernels:
         raise RecipeError(
-            f"--gpu {given['gpu']}: --moe-a2a-backend mooncake is for NVIDIA GPUs, in moe-a2a as in Mooncake's own EP; "
-            "use `moe-a2a recipe pd`, which AMD GPUs can run"
+            f"--gpu {given['gpu']}: moe-a2a's --moe-a2a-backend mooncake is for NVIDIA GPUs; use `moe-a2a recipe pd`, "
+            "which needs none of it"
         )
     if maker == "amd" and given["form"] == "compose":
         raise RecipeError(
-            f"--gpu {given['gpu']} with --format compose: these files hand out GPUs through NVIDIA's container toolkit; "
+            f"--gpu {given['gpu']} with --format compose: they hand out GPUs through NVIDIA's container toolkit; "
             "use --format shell inside containers of yours"
         )
     return gib
