@@ -17,8 +17,8 @@ Starts a server for each variant on examples/tiny_deepseek_v3 with random weight
 All servers start at once on the same two GPUs and stay up. First each is compared with the oracle of its kind: one
 prompt after the other (`answers`), which gives the same batches each time, and 64 at once (`crowd`), which does so
 only with -exact. Elsewhere the oracle's crowd is compared with a second one of its own too (`oracle/crowd_again`),
-which tells how far one server's answers are from one another. Then servers are measured one at a time, in turns, so that what changes on the
-machine meets all of them.
+which tells how far one server's answers are from one another. Then servers are measured one at a time, in turns, so
+that what changes on the machine meets all of them.
 
 The model has 2 MoE layers; --layers makes it deeper, so that the time of a step is less that of SGLang's CPU part.
 RESULTS gets results.json and logs.tar.gz. Everything ends within --budget seconds, whatever servers do. --save-caches
