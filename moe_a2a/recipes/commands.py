@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from moe_a2a.recipes import ep, epd, hosts, memory, models, pd, releases, servers
+from moe_a2a.recipes.experts import Experts
 from moe_a2a.recipes.hosts import Group
 from moe_a2a.recipes.plan import Plan, RecipeError
 from moe_a2a.recipes.servers import Policy, Ports, Settings
@@ -250,7 +251,7 @@ def ep_command(**given: Any) -> None:
             gpu_memory_of(given, kernels=True),
             ports_of(given),
             policy_of(given),
-            ep.Experts(
+            Experts(
                 served_by=given["served_by"],
                 elastic=given["elastic"],
                 survive=given["survive"],
