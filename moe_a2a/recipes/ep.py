@@ -13,6 +13,8 @@ from moe_a2a.recipes.plan import Plan, Role, Server
 from moe_a2a.recipes.servers import Kind, Policy, Ports, Settings
 from moe_a2a.recipes.text import Page
 
+__all__ = ["Experts", "Served", "plan"]
+
 
 @dataclass(frozen=True)
 class _Role:
