@@ -13,7 +13,7 @@ import click
 from moe_a2a.recipes import ep, epd, hosts, memory, models, pd, releases, servers
 from moe_a2a.recipes.experts import Experts
 from moe_a2a.recipes.hosts import Group
-from moe_a2a.recipes.plan import Plan, RecipeError
+from moe_a2a.recipes.plan import Plan, RecipeError, Role
 from moe_a2a.recipes.servers import Policy, Ports, Settings
 from moe_a2a.recipes.write import FORMATS, write
 
@@ -118,8 +118,9 @@ def _split(flags: str) -> list[str]:
 
 def ports_of(given: dict[str, Any]) -> Ports:
     """From the options of GATE, and --encode-port."""
-    http = {"prefill": given["prefill_port"], "decode": given["decode_port"], "encode": given.get("encode_port", ())}
-    return Ports(http=http, bootstrap=given["bootstrap_port"], router=given["router_port"])  # type: ignore[arg-type]
+    roles: tuple[Role, ...] = ("prefill", "decode", "encode")
+    http = {role: given.get(f"{role}_port", ()) for role in roles}
+    return Ports(http=http, bootstrap=given["bootstrap_port"], router=given["router_port"])
 
 
 def groups_of(given: dict[str, Any], *roles: str) -> list[list[Group]]:
