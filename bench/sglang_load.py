@@ -70,15 +70,17 @@ class Clients:
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def whole(self, server: Server, tokens: int, timeout: float) -> dict[str, Any]:
+    def whole(self, server: Server, tokens: int, timeout: float, length: int = 16) -> dict[str, Any]:
         """Output tokens a second of all requests at once, each answered when it is done."""
-        made = self._send(server, tokens, timeout, self.requests, stream=False)
+        made = self._send(server, tokens, timeout, self.requests, False, length)
         return _rate(made)
 
-    def stream(self, server: Server, tokens: int, timeout: float, requests: int | None = None) -> dict[str, Any]:
+    def stream(
+        self, server: Server, tokens: int, timeout: float, requests: int | None = None, length: int = 16
+    ) -> dict[str, Any]:
         """The same of streamed requests, and their latencies in milliseconds: `ttft`, to the first token; `tpot`, from
-        token to token, a request's mean; `itl`, from one arrival to the next."""
-        made = self._send(server, tokens, timeout, requests or self.requests, stream=True)
+        token to token, a request's mean; `itl`, from one arrival to the next. length: of prompts."""
+        made = self._send(server, tokens, timeout, requests or self.requests, True, length)
         tpot = [(one.arrivals[-1] - one.arrivals[0]) / max(1, one.tokens - 1) for one in made]
         return {
             **_rate(made),
@@ -94,8 +96,10 @@ class Clients:
         server.post("/generate", {**body([], 1), "input_ids": ids}, timeout)
         return {"tokens_per_s": prompts * length / (time.monotonic() - begin), "tokens": prompts * length}
 
-    def _send(self, server: Server, tokens: int, timeout: float, requests: int, stream: bool) -> list[Answered]:
-        ids = [prompt(1000 + number, 16) for number in range(requests)]
+    def _send(
+        self, server: Server, tokens: int, timeout: float, requests: int, stream: bool, length: int
+    ) -> list[Answered]:
+        ids = [prompt(1000 + number, length) for number in range(requests)]
         shares = [ids[number :: self._count] for number in range(min(requests, self._count))]
         begin = time.monotonic() + 0.3  # all processes have their requests by then
         futures = [self._pool.submit(_requests, server.port, one, tokens, begin, timeout, stream) for one in shares]

@@ -55,14 +55,17 @@ def make_site(folder: Path) -> Path:
 
 
 class Server:
-    """One SGLang server, in a session of its own, its output in a file. A context manager: leaving it ends it."""
+    """One SGLang server, or router, in a session of its own, its output in a file. A context manager: leaving it ends
+    it."""
 
     running: ClassVar[set[Server]] = set()
 
-    def __init__(self, flags: list[str], env: dict[str, str], log: Path, port: int) -> None:
+    def __init__(
+        self, flags: list[str], env: dict[str, str], log: Path, port: int, module: str = "sglang.launch_server"
+    ) -> None:
         self.log, self.port = log, port
         self._mark = f"{os.getpid()}-{log.stem}-{time.time_ns()}"
-        command = [sys.executable, "-u", "-m", "sglang.launch_server", *flags, "--port", str(port)]
+        command = [sys.executable, "-u", "-m", module, *flags, "--port", str(port)]
         environment = {**os.environ, **env, _MARK: self._mark}
         with log.open("wb") as file:
             file.write((" ".join(command) + "\n").encode())

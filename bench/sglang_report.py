@@ -42,8 +42,13 @@ def _measured(found: dict[str, Any]) -> dict[str, Any]:
     out = {name: found[name] for name in _KEPT if name in found}
     for part in _MEASURED:
         if rounds := found.get(part):
-            out[part] = {name: _middle([one[name] for one in rounds]) for name in rounds[0]}
+            out[part] = middles(rounds)
     return out
+
+
+def middles(rounds: list[dict[str, float]]) -> dict[str, Any]:
+    """The median, least and most of each value that all rounds have."""
+    return {name: _middle([one[name] for one in rounds]) for name in rounds[0]}
 
 
 def _middle(values: list[float]) -> dict[str, Any]:

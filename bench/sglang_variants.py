@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 
-_FLAGS = """--skip-tokenizer-init --skip-server-warmup --tp-size 2 --dp-size 2 --enable-dp-attention
+#: Flags of all servers.
+COMMON = """--skip-tokenizer-init --skip-server-warmup --tp-size 2 --dp-size 2 --enable-dp-attention
     --moe-dense-tp-size 1 --enable-dp-lm-head --attention-backend triton --sampling-backend pytorch
     --grammar-backend none --disable-custom-all-reduce --disable-radix-cache --mem-fraction-static 0.3
     --max-total-tokens 262144 --cuda-graph-max-bs-decode 32 --max-running-requests 64"""
@@ -30,7 +31,7 @@ for _variant in ("moe-a2a", "oracle"):
 
 
 def flags(variant: str, model: str) -> list[str]:
-    return ["--model-path", model, *_FLAGS.split(), *VARIANTS[variant]]
+    return ["--model-path", model, *COMMON.split(), *VARIANTS[variant]]
 
 
 def reference_of(variant: str) -> str:

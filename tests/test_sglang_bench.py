@@ -60,15 +60,39 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         wrong = 1.0 if how == "wrong" and "moe-a2a-oracle" not in os.environ["SGLANG_PLUGINS"] else 0.0
         lps = [[None, ids[0], None]] + [[-1.0 / t - wrong, t, None] for t in ids[1:]]
-        out = [[-0.5, (sum(ids) + n) % 97, None] for n in range(tokens)]
+        shift = 1 if how == "other" and "decode" in flags else 0
+        out = [[-0.5, (sum(ids) + n + shift) % 97, None] for n in range(tokens)]
         top = [[[-0.5, 1, None], [-0.9, 2, None]] for _ in range(tokens)]
         meta = {"completion_tokens": tokens, "input_token_logprobs": lps}
         meta |= {"output_token_logprobs": out, "output_top_logprobs": top}
-        self.wfile.write(json.dumps({"output_ids": [], "meta_info": meta}).encode())
+        self.wfile.write(json.dumps({"output_ids": [one[1] for one in out], "meta_info": meta}).encode())
 
 class Server(http.server.ThreadingHTTPServer):
     request_queue_size = 128
 Server(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+# A router that passes requests on to the server that decodes.
+_ROUTER = """
+import http.server, sys, urllib.request
+flags = sys.argv[1:]
+decode = flags[flags.index("--decode") + 1]
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.0"
+    def log_message(self, *args): pass
+    def do_GET(self):
+        self.send_response(200); self.end_headers()
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        with urllib.request.urlopen(urllib.request.Request(decode + self.path, body)) as reply:
+            self.send_response(200); self.end_headers()
+            for line in reply:
+                self.wfile.write(line)
+
+class Server(http.server.ThreadingHTTPServer):
+    request_queue_size = 128
+Server(("127.0.0.1", int(flags[flags.index("--port") + 1])), Handler).serve_forever()
 """
 
 
@@ -84,6 +108,9 @@ def stand_in(tmp_path: Path, model: Path) -> Path:
     (tmp_path / "site" / "sglang").mkdir(parents=True)
     (tmp_path / "site" / "sglang" / "__init__.py").touch()
     (tmp_path / "site" / "sglang" / "launch_server.py").write_text(_SERVER)
+    (tmp_path / "site" / "sglang_router").mkdir()
+    (tmp_path / "site" / "sglang_router" / "__init__.py").touch()
+    (tmp_path / "site" / "sglang_router" / "launch_router.py").write_text(_ROUTER)
     return tmp_path
 
 
@@ -154,6 +181,20 @@ def test_the_budget_ends_everything(stand_in: Path) -> None:
     _, got = bench(stand_in, "--variants", "moe-a2a", how="hangs", budget=30)
     assert time.monotonic() - begin < 45
     assert "failed" in got["measured"]["moe-a2a"]
+
+
+@pytest.mark.parametrize("how", ["", "other"])
+def test_prefill_and_decode_apart_are_compared_and_measured(stand_in: Path, how: str) -> None:
+    command = [sys.executable, str(BENCH / "sglang_pd.py"), "--out", str(stand_in / "out"), "--budget", "100"]
+    command += ["--port", str(15000 + os.getpid() % 5000), "--state", str(stand_in / "state")]
+    command += ["--site", str(stand_in / "site"), "--requests", "4", "--tokens", "6", "--rounds", "1"]
+    environment = {**os.environ, "STAND_IN": how}
+    ended = subprocess.run(command, env=environment, timeout=120, capture_output=True, text=True)
+    got = json.loads((stand_in / "out" / "results.json").read_text())
+    assert ended.returncode == (1 if how else 0) and "failed" not in got, got
+    assert got["greedy"]["prompts"] == 6 and len(got["greedy"]["parted"]) == (6 if how else 0)
+    assert got["measured"]["requests_of_each_way"] == 2 * 4 * 2 * 2
+    assert got["measured"]["apart, prompts of 512, streamed"]["tokens"]["median"] == 24
 
 
 def answer(forced: list[float], output: list[int], top: list[list[float]]) -> dict[str, Any]:
