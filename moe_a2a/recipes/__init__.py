@@ -2,6 +2,6 @@
 
 plan: what a recipe says, which renderers turn into files. hosts: what users write as HOST[:GPUS]. models: what is known
 of a model, from models.json or a config.json. memory: what fits on a GPU. releases: how SGLang's releases differ.
-servers: command lines of servers and of the router. pd, ep, epd: the recipes. quoting, shell, compose: files.
-commands: `moe-a2a recipe`.
+ports: who listens where. servers: command lines of servers and of the router. pd, ep, epd: the recipes; experts: the
+rules of ep. text: the page that goes with them. quoting, shell, compose, write: files. commands: `moe-a2a recipe`.
 """

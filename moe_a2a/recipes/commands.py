@@ -11,8 +11,9 @@ from typing import Any
 import click
 
 from moe_a2a.recipes import ep, epd, hosts, memory, models, pd, releases, servers
+from moe_a2a.recipes.experts import Experts
 from moe_a2a.recipes.hosts import Group
-from moe_a2a.recipes.plan import Plan, RecipeError
+from moe_a2a.recipes.plan import Plan, RecipeError, Role
 from moe_a2a.recipes.servers import Policy, Ports, Settings
 from moe_a2a.recipes.slurm_command import slurm_command
 from moe_a2a.recipes.write import FORMATS, write
@@ -121,8 +122,9 @@ def _split(flags: str) -> list[str]:
 
 def ports_of(given: dict[str, Any]) -> Ports:
     """From the options of GATE, and --encode-port."""
-    http = {"prefill": given["prefill_port"], "decode": given["decode_port"], "encode": given.get("encode_port", ())}
-    return Ports(http=http, bootstrap=given["bootstrap_port"], router=given["router_port"])  # type: ignore[arg-type]
+    roles: tuple[Role, ...] = ("prefill", "decode", "encode")
+    http = {role: given.get(f"{role}_port", ()) for role in roles}
+    return Ports(http=http, bootstrap=given["bootstrap_port"], router=given["router_port"])
 
 
 def groups_of(given: dict[str, Any], *roles: str) -> list[list[Group]]:
@@ -145,12 +147,12 @@ def gpu_memory_of(given: dict[str, Any], kernels: bool = False) -> float:
     gib, maker = memory.gpu_memory(given["gpu"])
     if maker == "amd" and kernels:
         raise RecipeError(
-            f"--gpu {given['gpu']}: --moe-a2a-backend mooncake is for NVIDIA GPUs, in moe-a2a as in Mooncake's own EP; "
-            "use `moe-a2a recipe pd`, which AMD GPUs can run"
+            f"--gpu {given['gpu']}: moe-a2a's --moe-a2a-backend mooncake is for NVIDIA GPUs; use `moe-a2a recipe pd`, "
+            "which needs none of it"
         )
     if maker == "amd" and given["form"] == "compose":
         raise RecipeError(
-            f"--gpu {given['gpu']} with --format compose: these files hand out GPUs through NVIDIA's container toolkit; "
+            f"--gpu {given['gpu']} with --format compose: they hand out GPUs through NVIDIA's container toolkit; "
             "use --format shell inside containers of yours"
         )
     return gib
@@ -254,7 +256,7 @@ def ep_command(**given: Any) -> None:
             gpu_memory_of(given, kernels=True),
             ports_of(given),
             policy_of(given),
-            ep.Experts(
+            Experts(
                 served_by=given["served_by"],
                 elastic=given["elastic"],
                 survive=given["survive"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -60,7 +61,14 @@ def group(option: str, text: str, default_gpus: int) -> Group:
 
 
 def check_groups(groups: Sequence[Group], gpus_per_node: int) -> None:
-    """GPUs exist, and no two servers share one. Raises RecipeError."""
+    """GPUs exist, no two servers share one, and hosts can reach each other. Raises RecipeError."""
+    every_host = {place.host for one in groups for place in one.places}
+    for one in groups:
+        if len(every_host) > 1 and any(_is_loopback(place.host) for place in one.places):
+            raise RecipeError(
+                f"{one.option} {one.text}: a loopback address, which the other hosts cannot reach; give the host's "
+                "address in their network"
+            )
     for one in groups:
         for place in one.places:
             if place.last >= gpus_per_node:
@@ -94,6 +102,13 @@ def check_groups(groups: Sequence[Group], gpus_per_node: int) -> None:
         first, last = max(here.first, there.first), min(here.last, there.last)
         shared = f"GPU {first} is" if first == last else f"GPUs {first} to {last} are"
         raise RecipeError(f"{given}: {shared} in both; a GPU belongs to one server")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return host == "localhost"
 
 
 def ib_devices(text: str, places: Iterable[HostGpus]) -> str | None:

@@ -130,6 +130,8 @@ def load(path: str, config: str | None = None) -> Model:
 def _check_path(path: str) -> None:
     if not path or path.startswith("-"):
         raise RecipeError(f"--model {path!r}: begins with a dash or is empty; give a name on a hub, or a folder")
+    if path.startswith((".", "~")):
+        raise RecipeError(f"--model {path}: another folder on every host; give a name on a hub, or a folder from / on")
     if not path.isprintable():
         raise RecipeError(f"--model {path!r}: has characters that cannot be printed; give a name on a hub, or a folder")
     if ":" in path:

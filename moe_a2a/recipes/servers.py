@@ -57,6 +57,11 @@ class Settings:
         return self.given_image or f"lmsysorg/sglang:v{self.release.version}"
 
     @property
+    def image_with_this_package(self) -> str:
+        """What a user has to build, or --image."""
+        return self.given_image or f"sglang-moe-a2a:v{self.release.version}"
+
+    @property
     def volumes(self) -> tuple[str, ...]:
         return (self.model.path,) if self.model.is_local else ()
 

@@ -32,6 +32,8 @@ REFUSED = {
     f"pd {LLAMA} --prefill 'a b' --decode c": ["--prefill 'a b'", "is not HOST[:GPUS]"],
     f"pd {LLAMA} --prefill '$(id)' --decode c": ["--prefill '$(id)'", "is not HOST[:GPUS]"],
     f"pd {LLAMA} --prefill 2001:db8::1 --decode c": ["is not HOST[:GPUS]", "[2001:db8::10]:8"],
+    f"pd {LLAMA} --prefill 127.0.0.1 --decode 192.0.2.1": ["--prefill 127.0.0.1", "loopback"],
+    f"pd {LLAMA} --prefill a --decode [::1]": ["--decode [::1]", "loopback"],
     f"pd {LLAMA} {PAIR} --router 'a;b'": ["--router 'a;b'"],
     f"pd {LLAMA} {PAIR} --router a:1": ["--router 'a:1'", "is not a name or an address"],
     f"pd-single {LLAMA} --tp 4 --decode-servers 2": ["--decode-servers 2", "12 GPUs", "--gpus-per-node"],
@@ -61,6 +63,7 @@ REFUSED = {
     f"pd --sglang 0.5.20 --model some/model {PAIR}": ["--model some/model", "--config config.json"],
     f"pd --sglang 0.5.20 --model=--evil {PAIR}": ["--model '--evil'", "begins with a dash"],
     f"pd --sglang 0.5.20 --model 'a\nb' {PAIR}": ["cannot be printed"],
+    f"pd --sglang 0.5.20 --model ./model {PAIR}": ["--model ./model", "from / on"],
     f"pd --sglang 0.5.20 --model a:b {PAIR}": ["--model a:b", "no colon"],
     f"pd {LLAMA} --config /missing/config.json {PAIR}": ["--config /missing/config.json", "No such file"],
     f"pd {LLAMA} {PAIR} --flags 'a \"b'": ["--flags", "No closing quotation"],
@@ -118,6 +121,7 @@ def test_a_refusal_leaves_no_files(tmp_path: Path) -> None:
 
 
 ACCEPTED = [
+    f"pd {LLAMA} --prefill 127.0.0.1:0-0 --decode 127.0.0.1:1-1",
     f"pd {LLAMA} --prefill a:0-3 --decode a:4-7",
     f"pd {LLAMA} --prefill a:0-0 --prefill a:1-1 --decode b --bootstrap-port 8998 --bootstrap-port 9000",
     f"pd {LLAMA} --prefill a --prefill b --decode c --bootstrap-port 8998",
