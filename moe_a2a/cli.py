@@ -15,7 +15,7 @@ _LAZY = {
         "Tabulate logs of SGLang's serving benchmark at several concurrencies.",
     ),
     "members": ("moe_a2a.membership.commands", "members", "Print a group's view: who is in it, who failed and why."),
-    "recipe": ("moe_a2a.recipes.commands", "recipe", "Write launch scripts for SGLang: PD, EP and EPD."),
+    "recipe": ("moe_a2a.recipes.commands", "recipe", "Write launch scripts for SGLang: PD, EP, EPD, Slurm."),
     "store": ("moe_a2a.membership.commands", "store", "Serve the membership store, and print its address."),
 }
 

@@ -16,6 +16,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from moe_a2a.bench_report.logs import CUT, UNPRINTED, Latency, Run, read
+from moe_a2a.bench_report.report import _lines
 from moe_a2a.cli import main
 
 LOGS = Path(__file__).with_name("bench_logs")
@@ -208,6 +209,16 @@ def test_the_plot_is_a_picture_and_needs_concurrencies(tmp_path: Path) -> None:
     assert result.exit_code == 1 and "--max-concurrency N" in result.output
     result = report(SWEEP, "--plot", tmp_path / "b.wrong")
     assert result.exit_code == 1 and "b.wrong" in result.output
+
+
+def test_logs_with_the_same_case_are_lines_of_their_own(tmp_path: Path) -> None:
+    sweep, once = read(SWEEP)[0], [only(CUTS)]
+    assert {name: len(line) for name, line in _lines([*sweep, *once]).items()} == {"16/8": 4}
+    again = [only(LOGS / "release-0.5.23.log")]  # at 16, as a run of the sweep
+    assert {name: len(line) for name, line in _lines([*sweep, *again]).items()} == {
+        f"16/8 {SWEEP.stem}": 3,
+        "16/8 release-0.5.23": 1,
+    }
 
 
 def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:

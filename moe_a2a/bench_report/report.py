@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import csv
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -64,8 +66,8 @@ def write_json(path: Path, runs: Sequence[Run], problems: Sequence[LogError]) ->
 
 
 def write_plot(path: Path, runs: Sequence[Run]) -> None:
-    """Output tokens/s, failures, TTFT and ITL over the concurrency, a line for each pair of lengths; runs without a
-    concurrency are left out. PNG or whatever the suffix says."""
+    """Output tokens/s, failures, TTFT and ITL over the concurrency; runs without one are left out. A line for each pair
+    of lengths, and for each log if several have the same case. PNG or whatever the suffix says."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -73,22 +75,26 @@ def write_plot(path: Path, runs: Sequence[Run]) -> None:
 
     figure, axes = plt.subplots(2, 2, figsize=(10, 7))
     (throughput, failures), (ttft, itl) = axes
-    cases: dict[str, list[Run]] = {}
-    for run in runs:
-        if run.concurrency is not None:
-            cases.setdefault(_lengths_text(run), []).append(run)
-    for number, (name, points) in enumerate(cases.items()):
+    for number, (name, points) in enumerate(_lines([run for run in runs if run.concurrency is not None]).items()):
         colour = f"C{number}"
         x = [run.concurrency for run in points]
         throughput.plot(x, [run.output_throughput for run in points], "o-", color=colour, label=name)
-        failures.plot(x, [run.failed or 0 for run in points], "o-", color=colour, label=f"{name}: failed")
+        failures.plot(
+            x,
+            [math.nan if run.failed is None else run.failed for run in points],
+            "o-",
+            color=colour,
+            label=f"{name}: failed",
+        )
         failures.plot(x, [run.cut for run in points], "x--", color=colour, label=f"{name}: of these cut")
         for axis, key in ((ttft, "ttft"), (itl, "itl")):
             axis.plot(x, [getattr(run, key).median for run in points], "o-", color=colour, label=f"{name}: median")
             axis.plot(x, [getattr(run, key).p99 for run in points], "x--", color=colour, label=f"{name}: p99")
+    ticks = sorted({run.concurrency for run in runs if run.concurrency is not None})
     titles = ("output tokens/s", "requests that failed", "time to first token, ms", "between tokens, ms")
     for axis, title in zip((throughput, failures, ttft, itl), titles, strict=True):
         axis.set_xscale("log", base=2)
+        axis.set_xticks(ticks, [str(tick) for tick in ticks])
         axis.set_ylim(bottom=0)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("concurrent requests")
@@ -96,6 +102,17 @@ def write_plot(path: Path, runs: Sequence[Run]) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def _lines(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Runs that belong together, by what the legend says of them."""
+    cases = collections.Counter((_lengths(run), run.concurrency) for run in runs)
+    repeated = len({run.file for run in runs}) > 1 and max(cases.values()) > 1
+    found: dict[str, list[Run]] = {}
+    for run in runs:
+        name = _lengths_text(run) + (f" {Path(run.file).stem}" if repeated else "")
+        found.setdefault(name, []).append(run)
+    return found
 
 
 def _table(several: bool, *columns: str) -> Table:
