@@ -1,7 +1,7 @@
 """A host's watcher: the process that sees ranks die and keeps the view in their pages (DESIGN.md D6).
 
-It has a session of its own and is nobody's child. Ranks talk to it over an abstract Unix socket, whose name follows
-from store, group and host label, so that one watcher runs for each. It ends when its last rank is gone.
+Ranks talk to it over an abstract Unix socket, whose name follows from store, group and host label, so that there is one
+watcher for each. It ends when its last rank is gone. watcher_process.py has the process that it runs in.
 """
 
 from __future__ import annotations
@@ -13,25 +13,21 @@ import logging
 import os
 import queue
 import selectors
-import signal
 import socket
 import struct
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 
 from moe_a2a.errors import ConfigError, MessageError, MoeA2AError
 from moe_a2a.membership.control import Channel, Died, Message, NewView
-from moe_a2a.membership.daemon import detach, log_file, settle, shared_secret
 from moe_a2a.membership.link import StoreLink
 from moe_a2a.membership.page import Page, Process
 from moe_a2a.membership.registered import Registered
-from moe_a2a.membership.store import change
+from moe_a2a.membership.store import applied_name, change
 from moe_a2a.membership.view import View, mark_failed, move_watcher
-from moe_a2a.membership.wire import decode_json, encode_json, encode_view
+from moe_a2a.membership.wire import encode_json, encode_view
 
 _log = logging.getLogger(__name__)
 
@@ -40,7 +36,7 @@ LINGER_S, FIRST_S = 5.0, 60.0
 BEAT_S = 0.2
 #: What another host saw is proposed here too, if its own proposal has not come through by then.
 SECOND_HAND_S = 0.05
-_MOST_RANKS = 1024
+MOST_RANKS = 1024
 _GONE = "its process is gone"
 _CREDENTIALS = struct.Struct("3i")
 
@@ -65,19 +61,6 @@ def peer_credentials(connection: socket.socket) -> tuple[int, int]:
     """(process id, user id) of the other end, from the kernel. The id is 0 if it is in another pid namespace."""
     pid, uid, _ = _CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
     return pid, uid
-
-
-def start_watcher(settings: Settings) -> None:
-    """Start a host's watcher, unless it runs. Returns at once: whoever connects waits for it."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "moe_a2a.membership.watcher"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    process.communicate(json.dumps(asdict(settings)).encode())
-    if process.returncode != 0:
-        raise MoeA2AError(f"the watcher of host {settings.host} did not start (its error is above)")
 
 
 class Watcher:
@@ -108,6 +91,17 @@ class Watcher:
             self._silent,
             self._beat,
         )
+
+    def close(self) -> None:
+        """Once `run` has returned."""
+        ended = self.link.close()
+        self._selector.close()
+        for file in (self._listener, self.channel):
+            if file is not None:
+                file.close()
+        if ended:  # nobody is left who would write into what has this number next
+            os.close(self._wake_r)
+            os.close(self._wake_w)
 
     def post(self, work: Callable[[], None]) -> None:
         """Run a function in this loop; from any thread."""
@@ -160,6 +154,9 @@ class Watcher:
             self._tell(addresses, view)
         for rank in list(self._ranks.values()):
             rank.send({"epoch": view.epoch})
+        if len(view.watchers()) > 1:  # others may wait for this (`Member.settle`)
+            name, said = applied_name(self.settings.host), str(view.epoch).encode()
+            self.link.submit(lambda store: store.put(name, said), lambda _, error: None)
         if self.channel is not None:
             self._check_address(view, self.channel.address)
 
@@ -279,7 +276,7 @@ class Watcher:
         with contextlib.suppress(OSError):
             connection, _ = self._listener.accept()
             pid, uid = peer_credentials(connection)
-            if uid != os.getuid() or len(self._ranks) >= _MOST_RANKS:
+            if uid != os.getuid() or len(self._ranks) >= MOST_RANKS:
                 connection.close()
             else:
                 self._selector.register(connection, selectors.EVENT_READ, lambda: self._greet(connection, pid))
@@ -360,29 +357,3 @@ class Watcher:
                 self._selector.unregister(file)
         self._ranks = {fd: other for fd, other in self._ranks.items() if other is not rank}
         rank.close()
-
-
-def main() -> None:
-    """Reads its settings as JSON from standard input."""
-    settings = Settings(**decode_json(sys.stdin.buffer.read(), 65536, "settings"))
-    secret = shared_secret()
-    log = log_file(f"watcher-{settings.group}-{hashlib.sha256(settings.host.encode()).hexdigest()[:8]}")
-    say = detach()
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    try:
-        listener.bind(settings.socket_name)
-    except OSError:  # this host has its watcher already
-        os.write(say, b"running\n")
-        return
-    listener.listen(_MOST_RANKS)  # from here on, ranks know this process by its connection
-    listener.setblocking(False)
-    settle(say, "started\n", log)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    _log.info("watching host %s, group %s, store %s", settings.host, settings.group, settings.store)
-    Watcher(settings, listener, secret).run()
-    os._exit(0)  # threads may be waiting for the store, and have nothing to finish
-
-
-if __name__ == "__main__":
-    main()
