@@ -37,8 +37,8 @@ _LONGEST_HOLD_S = 1.0
 
 class _ElasticHealth(Health):
     def check(self) -> None:
-        self.check_open()
         if isinstance(self.broken, ExcludedFromView):
+            self.check_open()
             raise ExcludedFromView(str(self.broken))
         super().check()
 
@@ -111,7 +111,6 @@ class ElasticBackend(CpuBackend):
         while True:
             result = super().dispatch_recv(handle, layout, alignment, out, host_counts)
             torn = self._torn(step)
-            self._each(lambda transport: self._group.lookout.check())
             if not torn:
                 return result
             roll_of(step).missing.update(torn)
@@ -119,27 +118,33 @@ class ElasticBackend(CpuBackend):
             step.phase, handle._reserved = Phase.SENT, reserved
 
     def _torn(self, step: Step) -> set[int]:
-        """Sources that went on without this rank while it copied their rows."""
-        ranks = {arrival.rank for arrival in step.arrivals}
-        rail, remote = self._group.rail, roll_of(step).holders.keys()
-        torn = self._group.shared.torn(step, Kind.DISPATCH, ranks - remote)
-        return torn | rail.torn(step, ranks & remote) if rail is not None else torn
+        """Ranks that went on without this one while it read what they had announced. They count as read no more."""
+        reading = roll_of(step).reading
+        torn = {rank for rank, spot in reading.items() if not spot.stands(step.number)}
+        for rank in torn:
+            del reading[rank]
+        try:
+            self._group.lookout.check()
+        except ExcludedFromView as error:
+            self._break(error)
+            raise
+        return torn
 
     def _summed(self, step: Step, transport: Transport, arrived: Mapping[int, FloatArray]) -> Collection[int]:
-        roll = roll_of(step)
-        ranks = {arrival.rank for arrival in step.arrivals if step.layout == "contiguous" or arrival.rank in arrived}
-        remote = roll.holders.keys()
-        sources = ranks & remote if transport is self._group.rail else ranks - remote
+        roll, railed = roll_of(step), transport is self._group.rail
+        sources = [
+            a.rank
+            for a in step.arrivals
+            if (a.rank in roll.holders) is railed and (a.rank in arrived or step.layout == "contiguous")
+        ]
         roll.summed.update(sources)
         return sources
 
     def _add_up(self, step: Step, sums: dict[SumOrder, Contribution], out: torch.Tensor) -> None:
         roll = roll_of(step)
-        remote = {rank for host in roll.hosts for rank in host if self.rank not in host}
         while True:
             super()._add_up(step, sums, out)
-            torn = self._group.shared.torn(step, Kind.COMBINE, {rank for _, rank in sums} - remote)
-            self._each(lambda transport: self._group.lookout.check())
+            torn = self._torn(step)
             if not torn:
                 return
             roll.returned -= torn
@@ -157,7 +162,9 @@ class ElasticBackend(CpuBackend):
         if step.tasks:
             with self._meeting.watch.driving() as drive:
                 while not all(task.done for task in step.tasks):
-                    if not drive():
+                    if drive():
+                        pause.reset()
+                    else:
                         pause.rest()
         roll.missing.update(roll.incarnations.keys() - roll.returned - roll.left)
         step.phase = Phase.DONE
