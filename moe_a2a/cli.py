@@ -9,6 +9,11 @@ import click
 # Command -> (module, function, the line in --help). These need torch, which `doctor` must be able to do without.
 _LAZY = {
     "bench": ("moe_a2a.bench.command", "bench", "Check dispatch and combine, then time them against baselines."),
+    "chaos": (
+        "moe_a2a.chaos.command",
+        "chaos",
+        "Lose ranks of an elastic group at random, and check every row and view.",
+    ),
     "members": ("moe_a2a.membership.commands", "members", "Print a group's view: who is in it, who failed and why."),
     "store": ("moe_a2a.membership.commands", "store", "Serve the membership store, and print its address."),
 }
