@@ -14,9 +14,9 @@ from moe_a2a.backend import Health
 from moe_a2a.bootstrap import Bootstrap
 from moe_a2a.config import Config, Options
 from moe_a2a.cpu_backend import CpuBackend
-from moe_a2a.elastic.keeper import slot_host
 from moe_a2a.elastic.meeting import Group, found, join
 from moe_a2a.elastic.options import Elastic
+from moe_a2a.elastic.places import slot_host
 from moe_a2a.elastic.shared import roll_of
 from moe_a2a.errors import ExcludedFromView, HandleError, MoeA2AError
 from moe_a2a.membership.member import Member

@@ -3,79 +3,27 @@ who come, and activates them."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from moe_a2a.elastic.places import HELD, Finder, Found
 from moe_a2a.errors import ExcludedFromView, MoeA2AError, StoreAway
 from moe_a2a.membership.member import Member
 from moe_a2a.membership.view import State, View
-from moe_a2a.membership.wire import decode_json, encode_json, number, text
-from moe_a2a.transport.handover import fetch_fd
 
 _log = logging.getLogger(__name__)
 
-_PLACE_BYTES = 4096
 _AGAIN_S = 0.05
-HELD = (State.READY, State.ACTIVE, State.LEAVING)
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a process of the group is reached. socket, token: where its host's ranks fetch its memory; engine: name of
-    its Transfer Engine, "" without; address: of its region in its own process; network: as `hosts.own_network`."""
-
-    socket: str
-    token: str
-    engine: str
-    address: int
-    network: str
-
-    def encode(self) -> bytes:
-        return encode_json(self.__dict__)
-
-    @classmethod
-    def decode(cls, data: bytes) -> Place:
-        """Raises MessageError."""
-        said = decode_json(data, _PLACE_BYTES, "the place of a rank")
-        return cls(
-            text(said, "socket"),
-            text(said, "token"),
-            text(said, "engine"),
-            number(said, "address"),
-            text(said, "network"),
-        )
-
-
-@dataclass(frozen=True)
-class Found:
-    """A process that has been found. fd: its memory, to be mapped and closed; None on another host."""
-
-    incarnation: int
-    place: Place
-    fd: int | None
-
-
-def slot_host(view: View, rank: int) -> str:
-    """The label of a slot's host, "" if nobody has had it."""
-    endpoint = view.slots[rank].endpoint
-    return endpoint.host if endpoint else ""
-
-
-def place_name(rank: int, incarnation: int) -> str:
-    return f"place/{rank}/{incarnation}"
 
 
 class Keeper:
-    """One rank's keeper. nbytes: what a region must have. Begins to work when `start` is called."""
+    """One rank's keeper. Begins to work when `start` is called."""
 
-    def __init__(self, nbytes: int, timeout_s: float) -> None:
-        self._nbytes, self._timeout = nbytes, timeout_s
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout = timeout_s
         self._wake = threading.Condition()
         self._accused: dict[tuple[int, int], str] = {}
         self._found: dict[int, Found] = {}
@@ -84,15 +32,16 @@ class Keeper:
         self._closing = False
         self._changed = True
         self._member: Member | None = None
+        self._finder: Finder | None = None
         self._thread: threading.Thread | None = None
 
     def on_change(self, view: View) -> None:
         """For `Member`: there is a new view."""
         self._rouse(lambda: None)
 
-    def start(self, member: Member, known: Mapping[int, int]) -> None:
+    def start(self, member: Member, finder: Finder, known: Mapping[int, int]) -> None:
         """known: rank -> incarnation of those that were found already."""
-        self._member, self._known = member, dict(known)
+        self._member, self._finder, self._known = member, finder, dict(known)
         self._thread = threading.Thread(target=self._run, name="moe_a2a-keeper", daemon=True)
         self._thread.start()
 
@@ -126,7 +75,7 @@ class Keeper:
         if self._thread is not None:
             self._thread.join(timeout=self._timeout)
         for found in self.take_found().values():
-            if found.fd is not None:
+            if found.fd >= 0:
                 os.close(found.fd)
 
     def _rouse(self, note: Callable[[], Any]) -> None:
@@ -169,11 +118,12 @@ class Keeper:
 
     def _look(self, member: Member) -> None:
         """Find the way to everybody who holds a slot and is new."""
+        assert self._finder is not None
         for rank, slot in enumerate(member.view.slots):
             if slot.state not in HELD or slot.incarnation == self._known.get(rank) or rank == member.rank:
                 continue
             try:
-                found = find(member, rank, slot.incarnation, self._nbytes, self._timeout)
+                found = self._finder.find(rank, slot.incarnation)
             except MoeA2AError as error:
                 if slot.state is State.READY and slot.incarnation == member.view.slots[rank].incarnation:
                     _log.warning("rank %d wants to join and cannot be reached: %s", rank, error)
@@ -182,25 +132,3 @@ class Keeper:
             with self._wake:
                 self._found[rank] = found
             self._known[rank] = slot.incarnation
-
-
-def find(member: Member, rank: int, incarnation: int, nbytes: int, timeout_s: float) -> Found:
-    """The way to a process that holds a slot. Raises MoeA2AError."""
-    deadline = time.monotonic() + timeout_s
-    while (data := member.lookup(place_name(rank, incarnation))) is None:
-        slot = member.view.slots[rank]
-        if slot.incarnation != incarnation or slot.state not in HELD:
-            raise MoeA2AError(f"rank {rank} is gone")
-        if time.monotonic() > deadline:
-            raise MoeA2AError(f"rank {rank} does not say where it is within {timeout_s:g} s")
-        time.sleep(_AGAIN_S / 5)
-    place = Place.decode(data)
-    if slot_host(member.view, rank) != member.host:
-        return Found(incarnation, place, None)
-    fd, _ = fetch_fd(rank, place.socket, place.token, timeout_s)
-    size = os.fstat(fd).st_size
-    if size != nbytes:
-        with contextlib.suppress(OSError):
-            os.close(fd)
-        raise MoeA2AError(f"the memory of rank {rank} has {size} bytes, not {nbytes}; give every rank the same Config")
-    return Found(incarnation, place, fd)

@@ -280,8 +280,9 @@ class ElasticRail:
     def _deliver(self, step: Step, place: int, first: int, record: Record, at: int, start: int) -> Work:
         """Bring this rank's rows to a host: to its rail peer there, `first`, or to another one if that is lost."""
         roll, block = roll_of(step), self._arena.block(step)
-        host, tried = roll.hosts[place], list[int]()
+        host = roll.hosts[place]
         rail: int | None = first
+        tried: list[int] = []
         while rail is not None:
             mirror = block.source_slots[self._arena.rank]
             sent = yield from self._transfer(step, rail, record, block.host_slots[rail], mirror, at, start)
