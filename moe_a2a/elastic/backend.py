@@ -36,11 +36,8 @@ _LONGEST_HOLD_S = 1.0
 
 
 class _ElasticHealth(Health):
-    def check(self) -> None:
-        if isinstance(self.broken, ExcludedFromView):
-            self.check_open()
-            raise ExcludedFromView(str(self.broken))
-        super().check()
+    def refusal(self, broken: BaseException) -> MoeA2AError:
+        return ExcludedFromView(str(broken)) if isinstance(broken, ExcludedFromView) else super().refusal(broken)
 
 
 class ElasticBackend(CpuBackend):

@@ -145,7 +145,7 @@ class Lookout:
         assert roll is not None
         found: dict[K, tuple[Record, Spot]] = {}
         lost: list[K] = []
-        pending = {key: spots[0] for key, spots in places.items()}
+        pending = dict(places)
         gone: set[K] = set()
         started = checked = time.monotonic()
         late = False
@@ -153,10 +153,10 @@ class Lookout:
         with driving(self._progress) as drive:
             while True:
                 before = len(pending)
-                for key, spot in list(pending.items()):
-                    record = spot.poll(number)
+                for key, spots in list(pending.items()):
+                    record = spots[0].poll(number)
                     if record is not None:
-                        found[key] = record, spot
+                        found[key] = record, spots[0]
                         del pending[key]
                         if step.wait_times is not None:
                             step.wait_times[about(key).rank] += int((time.monotonic() - started) * 1e9)
@@ -166,8 +166,8 @@ class Lookout:
                 if not pending:
                     return found, lost
                 if late:
-                    for key in pending:
-                        blamed = None if _passed(places[key], number) else about(key).blame()
+                    for key, spots in pending.items():
+                        blamed = None if _passed(spots, number) else about(key).blame()
                         if blamed is not None:
                             self.accuse(roll, blamed, f"{what} of {step}: sent nothing within {budget_s:g} s")
                     return found, [*lost, *pending]
@@ -180,12 +180,11 @@ class Lookout:
                     checked = now
                     self.check()
                     self.note_leavers(step)
-                    for key in pending:
+                    for key, spots in pending.items():
                         item = about(key)
-                        if item.gone() or item.rank in roll.left or _passed(places[key], number):
+                        if item.gone() or item.rank in roll.left or _passed(spots, number):
                             gone.add(key)
-                        came = (spot for spot in places[key] if spot.poll(number) is not None)
-                        pending[key] = next(came, pending[key])
+                        pending[key] = sorted(spots, key=lambda spot: spot.poll(number) is None)
                 late = now - started > budget_s
 
 

@@ -17,7 +17,7 @@ from moe_a2a.elastic.shared import Spots, Where, announce, mask_of, roll_of
 from moe_a2a.errors import EngineError
 from moe_a2a.routing import Arrival, Contribution, bags, rank_hits
 from moe_a2a.rows import sum_rows
-from moe_a2a.step import RowFormat, Step
+from moe_a2a.step import Roll, RowFormat, Step
 from moe_a2a.transport.arena import Arena
 from moe_a2a.transport.engine import Engine
 from moe_a2a.transport.progress import Progress
@@ -88,7 +88,7 @@ class ElasticRail:
 
     def recv_dispatch(self, step: Step) -> list[Arrival]:
         roll, slots = roll_of(step), self._arena.block(step).source_slots
-        found = self._from_sources(step, self._rows.of(step), "dispatch")
+        found = self._from_sources(step, self._rows.of(step, roll), "dispatch")
         step.traffic.dispatch_announced = time.monotonic_ns()
         arrivals = []
         for source, (record, spot) in sorted(found.items()):
@@ -103,7 +103,7 @@ class ElasticRail:
 
     def recv_weights(self, step: Step) -> dict[int, FloatArray]:
         roll, slots = roll_of(step), self._arena.block(step).source_slots
-        spots = {source: spots for source, spots in self._weights.of(step).items() if source in roll.holders}
+        spots = {source: spots for source, spots in self._weights.of(step, roll).items() if source in roll.holders}
         came = self._from_sources(step, spots, "router weights")
         found = {}
         for arrival in step.arrivals:
@@ -126,7 +126,9 @@ class ElasticRail:
 
     def recv_combine(self, step: Step, discarded: bool = False) -> dict[SumOrder, Contribution]:
         arena, block, roll = self._arena, self._arena.block(step), roll_of(step)
-        spots = {place: spots for place, spots in self._sums.of(step).items() if place in step.sent_to_host}
+        spots = self._sums.of(step, roll)
+        if len(step.sent_to_host) < len(spots):
+            spots = {place: spots[place] for place in step.sent_to_host}
         found, _ = self._lookout.wait(step, spots, self._timeout, "combine", lambda place: self._sums_of(step, place))
         step.traffic.combine_announced = time.monotonic_ns()
         check_discarded(step, {roll.hosts[place][0]: record for place, (record, _) in found.items()}, discarded)
@@ -162,7 +164,7 @@ class ElasticRail:
         """Add up this host's sums for one source and send them back: the rail peer's part of combine."""
         arena, source, rows = self._arena, arrival.rank, len(arrival.ids)
         slot, target = arena.block(step).source_slots[source], arena.block(step).host_slots[arena.rank]
-        spots = {rank: spot for rank, (spot,) in self._partials.of(step).items()}
+        spots = {rank: spot for rank, (spot,) in self._partials.of(step, roll_of(step)).items()}
         found: dict[int, Record] = {}
         yield from self._collect(step, spots, found)
         summed = {rank for rank, record in found.items() if record.mask >> source & 1}
@@ -254,8 +256,9 @@ class ElasticRail:
     def _stands_in(self, step: Step, source: int, holder: int) -> bool:
         """Whether this rank sends a source its host's sums in place of one that was lost: it has its rows too, because
         the source saw the other one die before it knew that they had arrived."""
-        own = next(spot for spot in self._rows.of(step)[source] if spot.owner == self._arena.rank)
-        return self._lookout.lost(roll_of(step), holder) and own.poll(step.number) is not None
+        roll = roll_of(step)
+        own = next(spot for spot in self._rows.of(step, roll)[source] if spot.owner == self._arena.rank)
+        return self._lookout.lost(roll, holder) and own.poll(step.number) is not None
 
     def _from_sources(
         self, step: Step, spots: Mapping[int, Sequence[Spot]], what: str
@@ -313,7 +316,7 @@ class ElasticRail:
     ) -> Generator[None, None, bool]:
         """Write `record.nbytes` from `start`, relative to the row at offset `at`, to the same place of the mirror;
         when that is complete, write the record. False if the peer is lost."""
-        arena, traffic = self._arena, step.traffic
+        arena, traffic, roll = self._arena, step.traffic, roll_of(step)
         if record.kind == Kind.COMBINE:
             traffic.combine_posted = traffic.combine_posted or time.monotonic_ns()
         else:
@@ -322,25 +325,25 @@ class ElasticRail:
         outbox, inbox = slot.outbox + RECORD_BYTES * record.kind, mirror.inbox + RECORD_BYTES * record.kind
         place = arena.memory.position(arena.rank, outbox)
         used = (step.channel, step.parity, peer)
-        if record.kind == Kind.DISPATCH and used in self._dirty:
+        if used in self._dirty and record.kind == Kind.DISPATCH:
             arena.memory.bytes[place : place + RECORD_BYTES] = withdrawn(step.number)
-            if not (yield from self._write(step, peer, own + outbox, inbox, RECORD_BYTES)):
+            if not (yield from self._write(roll, peer, own + outbox, inbox, RECORD_BYTES)):
                 return False
             self._dirty.discard(used)
         if record.nbytes and not (
-            yield from self._write(step, peer, own + at + start, mirror.rows + start, record.nbytes)
+            yield from self._write(roll, peer, own + at + start, mirror.rows + start, record.nbytes)
         ):
             return False
         arena.memory.bytes[place : place + RECORD_BYTES] = record.pack()
-        if not (yield from self._write(step, peer, own + outbox, inbox, RECORD_BYTES)):
+        if not (yield from self._write(roll, peer, own + outbox, inbox, RECORD_BYTES)):
             return False
         traffic.wire_bytes += record.nbytes + RECORD_BYTES
         return True
 
-    def _write(self, step: Step, peer: int, source: int, target: int, nbytes: int) -> Generator[None, None, bool]:
+    def _write(self, roll: Roll, peer: int, source: int, target: int, nbytes: int) -> Generator[None, None, bool]:
         """One engine write to an offset of a peer's region, until it is applied there. False if the peer is lost; one
         that cannot be written to is accused."""
-        remote, roll = self._peers[peer], roll_of(step)
+        remote = self._peers[peer]
         started = checked = time.monotonic()
         try:
             batch = self._engine.submit_write(remote.engine, source, remote.address + target, nbytes)

@@ -54,9 +54,9 @@ class Spots(Generic[K]):
         self._arena, self._kind, self._where = arena, kind, where
         self._kept: dict[tuple[int, int], tuple[dict[int, int], dict[K, tuple[Spot, ...]]]] = {}
 
-    def of(self, step: Step) -> dict[K, tuple[Spot, ...]]:
+    def of(self, step: Step, roll: Roll) -> dict[K, tuple[Spot, ...]]:
         kept = self._kept.get((step.channel, step.parity))
-        if kept is None or kept[0] is not roll_of(step).incarnations:
+        if kept is None or kept[0] is not roll.incarnations:
             kept = self._kept[step.channel, step.parity] = self._make(step)
         return kept[1]
 
@@ -133,7 +133,7 @@ class ElasticShared:
     ) -> dict[int, tuple[Record, Spot]]:
         """Records of the ranks of this host that are not lost."""
         roll = roll_of(step)
-        spots = self._spots[kind].of(step)
+        spots = self._spots[kind].of(step, roll)
         if among is not None:
             spots = {rank: where for rank, where in spots.items() if rank in among}
 
