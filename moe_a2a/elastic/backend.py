@@ -33,6 +33,8 @@ from moe_a2a.types import Dispatched, Handle, Layout
 _STEPS_BEFORE, _STEPS_AHEAD = 2, 8
 #: For so long at most: then they are given up, and wait for the next occasion.
 _LONGEST_HOLD_S = 1.0
+#: Share of the time-out that a rank takes to find the way to others before its step.
+_FIND_SHARE = 0.3
 
 
 class _ElasticHealth(Health):
@@ -93,10 +95,16 @@ class ElasticBackend(CpuBackend):
         self._look_round()
         if self._held_for and number > self._hold[channel]:
             self._wait_for_activation()
-        return self._group.lookout.roll(channel, number)
+        roll = self._group.lookout.roll(channel, number)
+        self._find_way(roll)
+        return roll
 
     def _begin(self, step: Step) -> None:
-        self._words[step.channel][step.parity][:] = withdrawn_word(step.number)
+        # Not those about sums: peers may still be reading the ones of the step before last.
+        self._words[step.channel][step.parity][: Kind.PARTIALS_AWAY] = withdrawn_word(step.number)
+
+    def _begin_sums(self, step: Step) -> None:
+        self._words[step.channel][step.parity][Kind.PARTIALS_AWAY :] = withdrawn_word(step.number)
 
     def _receive(self, step: Step) -> None:
         super()._receive(step)
@@ -246,6 +254,24 @@ class ElasticBackend(CpuBackend):
         self._hold_until = time.monotonic() + _LONGEST_HOLD_S
         if self.rank == min(roll.incarnations):
             self._group.keeper.activate(self._waiting, [number + _STEPS_AHEAD for number in self._number])
+
+    def _find_way(self, roll: Roll) -> None:
+        """Wait for the way to those that take part and were activated before this rank had found them: they came
+        together with it."""
+        group, lookout, pause = self._group, self._group.lookout, Pause()
+        deadline = time.monotonic() + _FIND_SHARE * self.options.timeout_s
+
+        def unknown() -> list[int]:
+            ranks = roll.incarnations.keys() - {self.rank}
+            return [r for r in ranks if group.known.get(r) != roll.incarnations[r] and not lookout.lost(roll, r)]
+
+        while left := unknown():
+            group.take_in(group.keeper.take_found())
+            if time.monotonic() > deadline:
+                for rank in left:
+                    lookout.accuse(roll, rank, f"rank {self.rank} did not find the way to it in time")
+            pause.rest()
+        roll.missing.update(rank for rank in roll.incarnations if lookout.lost(roll, rank))
 
     def _wait_for_activation(self) -> None:
         pause = Pause()

@@ -139,8 +139,8 @@ def found(config: Config, options: Options, elastic: Elastic, bootstrap: Bootstr
         bootstrap, _member_options(options, elastic), slots, config.channels, charter, keeper.on_change
     )
     stack.callback(member.close)
-    if member.rank == 0:
-        member.publish(_FACTS, _facts(slots, several, own_network() if one_network else ""))
+    # By all, as the charter: it has to outlive every one of them.
+    member.publish(_FACTS, _facts(slots, several, own_network() if one_network else ""))
 
     def open_memory() -> None:
         member.publish(place_name(member.rank, member.incarnation), built.open(member.rank).encode())
@@ -178,6 +178,7 @@ def join(config: Config, options: Options, elastic: Elastic, rank: int | None, s
         keeper = Keeper(built.layout.nbytes, elastic.timeout_s)
         place = built.open(member.rank)
         member.publish(place_name(member.rank, member.incarnation), place.encode())
+        member.publish(_FACTS, _facts(slots, several, network))
         ways = _find_all(member, built.layout.nbytes, elastic.timeout_s)
         group = built.finish(member, keeper, ways, [])
         keepers.append(keeper)
