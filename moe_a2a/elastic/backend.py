@@ -31,8 +31,8 @@ from moe_a2a.types import Dispatched, Handle, Layout
 #: While processes wait to be activated, this rank begins no more than so many steps of a channel without them; they
 #: are activated from a step on that is so far ahead that nobody can have begun it. Ranks are at most 2 steps apart.
 _STEPS_BEFORE, _STEPS_AHEAD = 2, 8
-#: For so long at most: then they are given up, and wait for the next occasion.
-_LONGEST_HOLD_S = 1.0
+#: For so long at most, and for this share of the time-out: then they are given up, and wait for the next occasion.
+_LONGEST_HOLD_S, _HOLD_SHARE = 1.0, 0.4
 #: Share of the time-out that a rank takes to find the way to others before its step.
 _FIND_SHARE = 0.3
 
@@ -161,12 +161,15 @@ class ElasticBackend(CpuBackend):
         super().discard(handle)
 
     def _finish(self, step: Step) -> None:
-        roll, pause = roll_of(step), Pause()
+        roll, pause, lookout = roll_of(step), Pause(), self._group.lookout
         if step.tasks:
+            began = time.monotonic()
             with self._meeting.watch.driving() as drive:
                 while not all(task.done for task in step.tasks):
                     if not drive():
                         pause.rest()
+                        lookout.begin_wait(began)
+            lookout.end_wait()
         roll.missing.update(roll.incarnations.keys() - roll.returned - roll.left)
         step.phase = Phase.DONE
         self._open[step.channel].remove(step)
@@ -251,7 +254,7 @@ class ElasticBackend(CpuBackend):
             return
         self._held_for = dict(self._waiting)
         self._hold = [number + _STEPS_BEFORE for number in self._number]
-        self._hold_until = time.monotonic() + _LONGEST_HOLD_S
+        self._hold_until = time.monotonic() + min(_LONGEST_HOLD_S, _HOLD_SHARE * self.options.timeout_s)
         if self.rank == min(roll.incarnations):
             self._group.keeper.activate(self._waiting, [number + _STEPS_AHEAD for number in self._number])
 

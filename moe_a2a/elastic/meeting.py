@@ -108,7 +108,7 @@ class _Built:
         places = HostMap.from_labels([""] * self.slots)
         arena = Arena(config, places, rank, self.memory, {rank: member.incarnation}, self.layout)
         watch = Watch(self.memory, (), rank, progress)
-        lookout = Lookout(member, keeper.accuse, progress)
+        lookout = Lookout(member, keeper.accuse, progress, options.timeout_s)
         shared = ElasticShared(arena, lookout, _FORWARD_SHARE * options.timeout_s)
         peers: dict[int, RemotePeer] = {}
         rail = None
