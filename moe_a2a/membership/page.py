@@ -5,11 +5,11 @@ at one word, without a lock, a system call or a thread that has to be scheduled 
 the watcher dies and another one takes over.
 
 64-bit words: magic, sequence (odd while the view is being written), epoch, flags, time of the watcher's last sign of
-life, length of the view, time since when the rank itself waits for others (the rank's own word); from `FIRST_SLOT` one
-word per slot with the incarnation that takes part, or 0; then one per slot with the incarnation that is known to be
-dead, or 0; then three per slot with incarnation, process id and time of start of the processes that this watcher
-watches, for the next one; then two per slot with the time when its host was last heard of and the time since when it waits for others;
-then the view's bytes. Times are CLOCK_MONOTONIC in ns, 0 for never. Order of stores is x86-64's.
+life, length of the view, time since when the rank itself waits for others (the rank's own word). Then, one word per
+slot each: from `FIRST_SLOT` the incarnation that takes part, or 0; from `FIRST_DEAD` the one that is known to be
+dead, or 0; three words with incarnation, process id and time of start of the processes that this watcher watches, for
+the next one; the time when its host was last heard of; the time since when it waits for others. Then the view's bytes.
+Times are CLOCK_MONOTONIC in ns, 0 for never. Order of stores is x86-64's.
 """
 
 from __future__ import annotations
