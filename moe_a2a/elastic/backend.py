@@ -14,9 +14,9 @@ from moe_a2a.backend import Health
 from moe_a2a.bootstrap import Bootstrap
 from moe_a2a.config import Config, Options
 from moe_a2a.cpu_backend import CpuBackend
-from moe_a2a.elastic.keeper import slot_host
 from moe_a2a.elastic.meeting import Group, found, join
 from moe_a2a.elastic.options import Elastic
+from moe_a2a.elastic.places import slot_host
 from moe_a2a.elastic.shared import roll_of
 from moe_a2a.errors import ExcludedFromView, HandleError, MoeA2AError
 from moe_a2a.membership.member import Member
@@ -39,8 +39,8 @@ _FIND_SHARE = 0.3
 
 class _ElasticHealth(Health):
     def check(self) -> None:
-        self.check_open()
         if isinstance(self.broken, ExcludedFromView):
+            self.check_open()
             raise ExcludedFromView(str(self.broken))
         super().check()
 
@@ -74,6 +74,7 @@ class ElasticBackend(CpuBackend):
             for blocks in self._arena.layout.blocks
         ]
         self._sequence = -1
+        self._found_epoch = -1
         self._waiting: dict[int, int] = {}
         self._waiting_since = 0
         self._held_for: dict[int, int] = {}
@@ -119,7 +120,6 @@ class ElasticBackend(CpuBackend):
         while True:
             result = super().dispatch_recv(handle, layout, alignment, out, host_counts)
             torn = self._torn(step)
-            self._each(lambda transport: self._group.lookout.check())
             if not torn:
                 return result
             roll_of(step).missing.update(torn)
@@ -127,27 +127,33 @@ class ElasticBackend(CpuBackend):
             step.phase, handle._reserved = Phase.SENT, reserved
 
     def _torn(self, step: Step) -> set[int]:
-        """Sources that went on without this rank while it copied their rows."""
-        ranks = {arrival.rank for arrival in step.arrivals}
-        rail, remote = self._group.rail, roll_of(step).holders.keys()
-        torn = self._group.shared.torn(step, Kind.DISPATCH, ranks - remote)
-        return torn | rail.torn(step, ranks & remote) if rail is not None else torn
+        """Ranks that went on without this one while it read what they had announced. They count as read no more."""
+        reading = roll_of(step).reading
+        torn = {rank for rank, spot in reading.items() if not spot.stands(step.number)}
+        for rank in torn:
+            del reading[rank]
+        try:
+            self._group.lookout.check()
+        except ExcludedFromView as error:
+            self._break(error)
+            raise
+        return torn
 
     def _summed(self, step: Step, transport: Transport, arrived: Mapping[int, FloatArray]) -> Collection[int]:
-        roll = roll_of(step)
-        ranks = {arrival.rank for arrival in step.arrivals if step.layout == "contiguous" or arrival.rank in arrived}
-        remote = roll.holders.keys()
-        sources = ranks & remote if transport is self._group.rail else ranks - remote
+        roll, railed = roll_of(step), transport is self._group.rail
+        sources = [
+            a.rank
+            for a in step.arrivals
+            if (a.rank in roll.holders) is railed and (a.rank in arrived or step.layout == "contiguous")
+        ]
         roll.summed.update(sources)
         return sources
 
     def _add_up(self, step: Step, sums: dict[SumOrder, Contribution], out: torch.Tensor) -> None:
         roll = roll_of(step)
-        remote = {rank for host in roll.hosts for rank in host if self.rank not in host}
         while True:
             super()._add_up(step, sums, out)
-            torn = self._group.shared.torn(step, Kind.COMBINE, {rank for _, rank in sums} - remote)
-            self._each(lambda transport: self._group.lookout.check())
+            torn = self._torn(step)
             if not torn:
                 return
             roll.returned -= torn
@@ -166,7 +172,9 @@ class ElasticBackend(CpuBackend):
             began = time.monotonic()
             with self._meeting.watch.driving() as drive:
                 while not all(task.done for task in step.tasks):
-                    if not drive():
+                    if drive():
+                        pause.reset()
+                    else:
                         pause.rest()
                         lookout.begin_wait(began)
             lookout.end_wait()
@@ -262,6 +270,8 @@ class ElasticBackend(CpuBackend):
         """Wait for the way to those that take part and were activated before this rank had found them: they came
         together with it."""
         group, lookout, pause = self._group, self._group.lookout, Pause()
+        if roll.epoch == self._found_epoch:
+            return
         deadline = time.monotonic() + _FIND_SHARE * self.options.timeout_s
 
         def unknown() -> list[int]:
@@ -274,6 +284,7 @@ class ElasticBackend(CpuBackend):
                 for rank in left:
                     lookout.accuse(roll, rank, f"rank {self.rank} did not find the way to it in time")
             pause.rest()
+        self._found_epoch = roll.epoch
         roll.missing.update(rank for rank in roll.incarnations if lookout.lost(roll, rank))
 
     def _wait_for_activation(self) -> None:

@@ -3,81 +3,28 @@ and it finds the way to them, which may take long."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from moe_a2a.elastic.places import HELD, Finder, Found
 from moe_a2a.errors import ExcludedFromView, MoeA2AError, StoreAway
 from moe_a2a.membership.member import Member
 from moe_a2a.membership.view import State, View
-from moe_a2a.membership.wire import decode_json, encode_json, number, text
-from moe_a2a.transport.handover import fetch_fd
 
 _log = logging.getLogger(__name__)
 
-_PLACE_BYTES = 4096
 _AGAIN_S = 0.05
-#: A process that hangs while it joins holds up the search for others no longer than this.
-_LONGEST_LOOK_S = 0.5
-HELD = (State.READY, State.ACTIVE, State.LEAVING)
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a process of the group is reached. socket, token: where its host's ranks fetch its memory; engine: name of
-    its Transfer Engine, "" without; address: of its region in its own process; network: as `hosts.own_network`."""
-
-    socket: str
-    token: str
-    engine: str
-    address: int
-    network: str
-
-    def encode(self) -> bytes:
-        return encode_json(self.__dict__)
-
-    @classmethod
-    def decode(cls, data: bytes) -> Place:
-        """Raises MessageError."""
-        said = decode_json(data, _PLACE_BYTES, "the place of a rank")
-        return cls(
-            text(said, "socket"),
-            text(said, "token"),
-            text(said, "engine"),
-            number(said, "address"),
-            text(said, "network"),
-        )
-
-
-@dataclass(frozen=True)
-class Found:
-    """A process that has been found. fd: its memory, to be mapped and closed; None on another host."""
-
-    incarnation: int
-    place: Place
-    fd: int | None
-
-
-def slot_host(view: View, rank: int) -> str:
-    """The label of a slot's host, "" if nobody has had it."""
-    endpoint = view.slots[rank].endpoint
-    return endpoint.host if endpoint else ""
-
-
-def place_name(rank: int, incarnation: int) -> str:
-    return f"place/{rank}/{incarnation}"
 
 
 class Keeper:
-    """One rank's keeper. nbytes: what a region must have. Begins to work when `start` is called."""
+    """One rank's keeper. Begins to work when `start` is called."""
 
-    def __init__(self, nbytes: int, timeout_s: float) -> None:
-        self._nbytes, self._timeout = nbytes, timeout_s
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout = timeout_s
         self._wake = threading.Condition()
         self._accused: dict[tuple[int, int], str] = {}
         self._found: dict[int, Found] = {}
@@ -88,6 +35,7 @@ class Keeper:
         self._changed = True
         self._new_view = True
         self._member: Member | None = None
+        self._finder: Finder | None = None
         self._threads: list[threading.Thread] = []
 
     def on_change(self, view: View) -> None:
@@ -96,9 +44,9 @@ class Keeper:
             self._new_view = True
             self._wake.notify_all()
 
-    def start(self, member: Member, known: Mapping[int, int]) -> None:
+    def start(self, member: Member, finder: Finder, known: Mapping[int, int]) -> None:
         """known: rank -> incarnation of those that were found already."""
-        self._member, self._known = member, dict(known)
+        self._member, self._finder, self._known = member, finder, dict(known)
         for name, run in (("keeper", self._run), ("finder", self._search)):
             self._threads.append(threading.Thread(target=run, name=f"moe_a2a-{name}", daemon=True))
             self._threads[-1].start()
@@ -133,7 +81,7 @@ class Keeper:
         for thread in self._threads:
             thread.join(timeout=self._timeout)
         for found in self.take_found().values():
-            if found.fd is not None:
+            if found.fd >= 0:
                 os.close(found.fd)
 
     def _rouse(self, note: Callable[[], Any]) -> None:
@@ -194,6 +142,7 @@ class Keeper:
 
     def _look(self, member: Member) -> None:
         """Find the way to everybody who holds a slot and is new. Who cannot be found is looked for again."""
+        assert self._finder is not None
         slots = member.view.slots
         new = {
             (rank, slot.incarnation): slot.state
@@ -203,7 +152,7 @@ class Keeper:
         self._sought = {key: self._sought.get(key, time.monotonic()) for key in new}
         for (rank, incarnation), state in new.items():
             try:
-                found = find(member, rank, incarnation, self._nbytes, 0.0)
+                found = self._finder.find(rank, incarnation, patient=False)
             except MoeA2AError as error:
                 if isinstance(error, StoreAway) or time.monotonic() - self._sought[rank, incarnation] < self._timeout:
                     continue
@@ -213,30 +162,7 @@ class Keeper:
                 continue
             with self._wake:
                 before, self._found[rank] = self._found.get(rank), found
-            if before is not None and before.fd is not None:
+            if before is not None and before.fd >= 0:
                 os.close(before.fd)
             self._known[rank] = incarnation
             del self._sought[rank, incarnation]
-
-
-def find(member: Member, rank: int, incarnation: int, nbytes: int, timeout_s: float) -> Found:
-    """The way to a process that holds a slot. timeout_s: how long it may take to say where it is. Raises
-    MoeA2AError."""
-    deadline = time.monotonic() + timeout_s
-    while (data := member.lookup(place_name(rank, incarnation))) is None:
-        slot = member.view.slots[rank]
-        if slot.incarnation != incarnation or slot.state not in HELD:
-            raise MoeA2AError(f"rank {rank} is gone")
-        if time.monotonic() > deadline:
-            raise MoeA2AError(f"rank {rank} does not say where it is within {timeout_s:g} s")
-        time.sleep(_AGAIN_S / 5)
-    place = Place.decode(data)
-    if slot_host(member.view, rank) != member.host:
-        return Found(incarnation, place, None)
-    fd, _ = fetch_fd(rank, place.socket, place.token, max(timeout_s, _LONGEST_LOOK_S))
-    size = os.fstat(fd).st_size
-    if size != nbytes:
-        with contextlib.suppress(OSError):
-            os.close(fd)
-        raise MoeA2AError(f"the memory of rank {rank} has {size} bytes, not {nbytes}; give every rank the same Config")
-    return Found(incarnation, place, fd)

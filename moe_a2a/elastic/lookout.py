@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from moe_a2a.errors import ExcludedFromView
@@ -27,47 +27,34 @@ Accuse = Callable[[int, int, str], None]
 
 @dataclass
 class Awaited:
-    """Something that a rank waits for.
+    """What a wait has to know of one that does not come at once.
 
-    spots: where its record may come, by the rank that receives or sends it there; the likeliest first. rank: whom
-    `times` counts the wait for. gone: tells that it will not come. blame: the rank to be accused if it does not come in
-    time, None for nobody. came: the key of the spot where it came.
+    rank: whom `times` counts the wait for. gone: tells that it will not come. blame: the rank to be accused if it does
+    not come in time, None for nobody.
     """
 
-    spots: dict[int, Spot]
     rank: int
     gone: Callable[[], bool]
     blame: Callable[[], int | None]
-    came: int = -1
-
-    def poll(self, everywhere: bool) -> Record | None:
-        """everywhere: look at more than the likeliest spot."""
-        for key, spot in self.spots.items():
-            record = spot.poll()
-            if record is not None:
-                self.came = key
-                return record
-            if not everywhere:
-                break
-        return None
-
-    def passed(self) -> bool:
-        """Whether its sender went on to later steps: this rank is late, and nobody is to blame."""
-        return any(spot.passed() for spot in self.spots.values())
 
 
 @dataclass(frozen=True)
 class _Members:
-    """Who takes part in the steps `since` to `until` of a channel, by one view."""
+    """Who takes part in the steps `since` to `until` of a channel, by one view. missing: those of them known to
+    be lost."""
 
     epoch: int
     since: int
     until: float
     incarnations: dict[int, int]
     hosts: tuple[tuple[int, ...], ...]
+    here: tuple[int, ...]
+    away: tuple[tuple[int, tuple[int, ...]], ...]
+    missing: set[int] = field(default_factory=set)
 
     @classmethod
-    def of(cls, view: View, index: int, number: int) -> _Members:
+    def of(cls, view: View, index: int, number: int, own: int) -> _Members:
+        """own: this rank."""
         ranks = view.members(view.channels[index], number)
         by_host: dict[str, list[int]] = {}
         for rank in ranks:
@@ -76,7 +63,10 @@ class _Members:
             by_host.setdefault(endpoint.host, []).append(rank)
         turns = [step for slot in view.slots if slot.takes_part for steps in (slot.first, slot.last) for step in steps]
         until = min((step for step in turns if step > number), default=float("inf"))
-        return cls(view.epoch, number, until, view.incarnations(ranks), tuple(tuple(h) for h in by_host.values()))
+        hosts = tuple(tuple(host) for host in by_host.values())
+        here = next((host for host in hosts if own in host), ())
+        away = tuple((place, host) for place, host in enumerate(hosts) if own not in host)
+        return cls(view.epoch, number, until, view.incarnations(ranks), hosts, here, away)
 
 
 class Lookout:
@@ -88,28 +78,36 @@ class Lookout:
         #: Newest epoch whose ranks this rank can reach.
         self.reachable = 0
         self._suspects: dict[int, int] = {}
+        #: By channel, with the page's sequence; kept until somebody is lost.
         self._members: dict[int, tuple[int, _Members]] = {}
+        self._slots, self._deaths = member.view.max_ranks, b""
 
     def roll(self, channel: int, number: int) -> Roll:
         """Who takes part in a step that begins now. Raises ExcludedFromView if this rank does not."""
         self._member.check()
-        sequence = self._page.sequence
+        sequence, deaths = self._page.sequence, self._page.deaths(self._slots)
+        if deaths != self._deaths:
+            self._deaths = deaths
+            self._members.clear()
         kept = self._members.get(channel)
         if kept is None or kept[0] != sequence or not kept[1].since <= number < kept[1].until:
-            kept = self._members[channel] = (sequence, _Members.of(self._member.view, channel, number))
+            members = _Members.of(self._member.view, channel, number, self._member.rank)
+            members.missing.update(rank for rank, of in members.incarnations.items() if self._is_lost(rank, of))
+            kept = self._members[channel] = (sequence, members)
         members = kept[1]
         if self._member.rank not in members.incarnations:
             raise ExcludedFromView(
                 f"rank {self._member.rank} takes no part in step {number} of channel {channel} "
                 f"(epoch {members.epoch}): it has left, or joins later"
             )
-        roll = Roll(members.epoch, self.reachable, members.incarnations, members.hosts)
-        roll.missing.update(rank for rank in members.incarnations if self.lost(roll, rank))
-        return roll
+        incarnations, hosts, missing = members.incarnations, members.hosts, set(members.missing)
+        return Roll(members.epoch, self.reachable, incarnations, hosts, members.here, members.away, missing)
 
     def lost(self, roll: Roll, rank: int) -> bool:
         """Whether a rank that takes part in a step is out of the view, dead, or suspected here."""
-        incarnation = roll.incarnations[rank]
+        return self._is_lost(rank, roll.incarnations[rank])
+
+    def _is_lost(self, rank: int, incarnation: int) -> bool:
         return (
             self._suspects.get(rank) == incarnation
             or not self._page.takes_part(rank, incarnation)
@@ -125,6 +123,7 @@ class Lookout:
             incarnation = roll.incarnations[other]
             if self._suspects.get(other) != incarnation:
                 self._suspects[other] = incarnation
+                self._members.clear()
                 self._tell(other, incarnation, evidence if other == rank else f"its host is silent, and {evidence}")
 
     def begin_wait(self, since: float) -> None:
@@ -159,48 +158,49 @@ class Lookout:
                 roll.left.add(rank)
 
     def wait(
-        self, step: Step, awaited: Mapping[K, Awaited], budget_s: float, what: str
-    ) -> tuple[dict[K, Record], list[K]]:
-        """Wait for records, and drive this rank's own transfers meanwhile. Returns (those that came, what did not).
+        self, step: Step, places: Mapping[K, Sequence[Spot]], budget_s: float, what: str, about: Callable[[K], Awaited]
+    ) -> tuple[dict[K, tuple[Record, Spot]], list[K]]:
+        """Wait for records, and drive this rank's own transfers meanwhile. Returns (those that came and where, what did
+        not come).
 
-        Who sends nothing within the budget is accused, and whoever waits himself gets a little longer. Raises
-        ExcludedFromView if this rank itself is outside.
+        places: where a record may come, the likeliest place first. Who sends nothing within the budget is accused, and
+        who waits himself gets a little longer. Raises ExcludedFromView if this rank itself is outside.
         """
         try:
-            return self._wait(step, awaited, budget_s, what)
+            return self._wait(step, places, budget_s, what, about)
         finally:
             self.end_wait()
 
     def _wait(
-        self, step: Step, awaited: Mapping[K, Awaited], budget_s: float, what: str
-    ) -> tuple[dict[K, Record], list[K]]:
-        roll = step.roll
+        self, step: Step, places: Mapping[K, Sequence[Spot]], budget_s: float, what: str, about: Callable[[K], Awaited]
+    ) -> tuple[dict[K, tuple[Record, Spot]], list[K]]:
+        roll, number = step.roll, step.number
         assert roll is not None
-        found: dict[K, Record] = {}
+        found: dict[K, tuple[Record, Spot]] = {}
         lost: list[K] = []
-        pending = dict(awaited)
+        pending = {key: spots[0] for key, spots in places.items()}
         gone: set[K] = set()
         started = checked = time.monotonic()
-        everywhere, late = True, False
+        late = False
         pause = Pause()
         with driving(self._progress) as drive:
             while True:
                 before = len(pending)
-                for key in list(pending):
-                    record = pending[key].poll(everywhere)
+                for key, spot in list(pending.items()):
+                    record = spot.poll(number)
                     if record is not None:
-                        found[key] = record
-                        item = pending.pop(key)
+                        found[key] = record, spot
+                        del pending[key]
                         if step.wait_times is not None:
-                            step.wait_times[item.rank] += int((time.monotonic() - started) * 1e9)
+                            step.wait_times[about(key).rank] += int((time.monotonic() - started) * 1e9)
                     elif key in gone:  # what came before the loss was seen has been read by now
                         lost.append(key)
                         del pending[key]
                 if not pending:
                     return found, lost
                 if late:
-                    for key, item in list(pending.items()):
-                        blamed = None if item.passed() else item.blame()
+                    for key in list(pending):
+                        blamed = None if _passed(places[key], number) else about(key).blame()
                         if blamed is not None:
                             if self.excused(blamed, started, budget_s):
                                 continue
@@ -209,18 +209,25 @@ class Lookout:
                         del pending[key]
                     late = False
                     continue
-                everywhere = False
                 if drive() or len(pending) < before:
                     pause.reset()
                     continue
                 pause.rest()
                 now = time.monotonic()
                 if now - checked >= CHECK_EVERY_S:
-                    checked, everywhere = now, True
+                    checked = now
                     self.begin_wait(started)
                     self.check()
                     self.note_leavers(step)
-                    gone.update(
-                        key for key, item in pending.items() if item.gone() or item.rank in roll.left or item.passed()
-                    )
+                    for key in pending:
+                        item = about(key)
+                        if item.gone() or item.rank in roll.left or _passed(places[key], number):
+                            gone.add(key)
+                        came = (spot for spot in places[key] if spot.poll(number) is not None)
+                        pending[key] = next(came, pending[key])
                 late = now - started > budget_s
+
+
+def _passed(spots: Sequence[Spot], number: int) -> bool:
+    """Whether a sender went on to later steps: this rank is late, and nobody is to blame."""
+    return any(spot.passed(number) for spot in spots)

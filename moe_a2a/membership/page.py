@@ -190,6 +190,10 @@ class Page:
         """Whether this process is gone for certain."""
         return int(self.words[FIRST_DEAD + rank]) == incarnation
 
+    def deaths(self, slots: int) -> bytes:
+        """Changes whenever a process of these first slots is found to be gone."""
+        return self.words[FIRST_DEAD : FIRST_DEAD + slots].tobytes()
+
     @property
     def whole(self) -> bool:
         """Whether it holds a view, and not one that a watcher left half written."""
