@@ -194,6 +194,7 @@ class CpuBackend:
         checks.check_matrix("y", y, self._expected_output(step), (self.config.dtype,))
         weights = self._combine_weights(step, topk_weights)
         step.phase = Phase.COMBINING
+        self._begin_sums(step)
         if weights is not None:
             self._each(lambda transport: transport.send_weights(step, weights))
             arrived = _merged(self._each(lambda transport: transport.recv_weights(step)))
@@ -266,7 +267,10 @@ class CpuBackend:
         return None
 
     def _begin(self, step: Step) -> None:
-        """Before memory of the step before last is used again."""
+        """Before rows of the step before last are overwritten."""
+
+    def _begin_sums(self, step: Step) -> None:
+        """Before sums of the step before last are overwritten."""
 
     def _summed(self, step: Step, transport: Transport, arrived: Mapping[int, FloatArray]) -> Collection[int]:
         """The sources that this rank's sums go to by this transport. arrived: the weights that came."""

@@ -15,6 +15,7 @@ from ranks import Ctx, run_ranks
 
 from moe_a2a import cpu_backend
 from moe_a2a.membership.store_process import start_store
+from moe_a2a.membership.view import LIFE
 
 sys.path.insert(0, str(Path(__file__).parent / "membership"))
 from stores import serving
@@ -103,3 +104,38 @@ def test_rows_that_were_overwritten_while_they_were_read_are_left_out(hosts, vic
         with_it = {victim, 3} if hosts > 1 and rank == 0 else {victim}
         assert all(set(step.missing) <= (with_it if step.number == LOST + 1 else {victim}) for step in results[rank])
         assert results[rank][-1].missing == [victim]
+
+
+def _after_the_founder(ctx: Ctx, where: Where, store_pid: int) -> Made:
+    """Rank 0 and its host's watcher die, then the store, which comes back without data; then a process joins."""
+    if ctx.rank == 3:
+        ctx.store.wait(["come"])
+        a2a = elastic_a2a(ctx, where, 0, join=0, timeout_s=TIMEOUT_S)
+    else:
+        a2a = elastic_a2a(ctx, where, 3, timeout_s=TIMEOUT_S)
+    with a2a:
+        if ctx.rank == 0:
+            os.kill(a2a._backend.member._watcher_pid, signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGKILL)
+        starts: list[threading.Thread] = []
+
+        def before(number: int, move: str) -> None:
+            if ctx.rank != 1 or move != "send":
+                return
+            if not starts and a2a.elastic.ranks == (1, 2):
+                os.kill(store_pid, signal.SIGKILL)
+                starts.append(threading.Thread(target=start_store, args=(where.store.removeprefix("tcp://"),)))
+                starts[0].start()
+            elif starts and a2a.elastic.view.epoch >= LIFE:
+                ctx.store.set("come", "1")
+
+        def all_are_there(step: Made) -> bool:
+            return step.members == [0, 1, 2] and not step.missing and bool(starts or ctx.rank == 0)
+
+        return serve(ctx, a2a, all_are_there, before)[-1]
+
+
+def test_who_joins_learns_what_the_founders_settled_when_they_and_the_store_have_died():
+    where = Where(start_store(), "after_the_founder")
+    results = run_ranks(_after_the_founder, 4, where, serving(where.store), hosts=["a", "b", "b", "a"], dies=[0])
+    assert all(step.members == [0, 1, 2] and not step.missing for step in results[1:])

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from moe_a2a.chaos import board as b
 from moe_a2a.chaos.events import MOVES, Event
@@ -53,8 +55,7 @@ class Director:
             group.check_both_sides()
             self._unexplained(event)
         except Hang as error:
-            group_ = self._group
-            self._wrong("hang", f"{error}\n{group_.dump() if group_ else ''}")
+            self._wrong("hang", str(error))
         self._count_steps()
         tally = self._tally
         tally.count(tally.counts, event.kind)
@@ -63,8 +64,16 @@ class Director:
             tally.count(tally.victims, f"rank {rank}")
         self._say(f"{event}: {', '.join(self._marks)}")
         if len(tally.faults) > before:
+            self._keep_stacks()
             self._say(f"    repeat it with --seed {tally.given['seed']} --first {event.number} --kills 1")
             self.close(kindly=False)
+
+    def _keep_stacks(self) -> None:
+        if self._group is not None:
+            name = f"moe-a2a-chaos-{self._tally.given['seed']}-{self._event.number}.txt"
+            path = Path(tempfile.gettempdir()) / name
+            path.write_text(self._group.dump())
+            self._say(f"    where everybody was, stacks and logs: {path}")
 
     def _wrong(self, kind: str, text: str) -> None:
         self._tally.faults.append((kind, self._event.number, text))

@@ -186,12 +186,18 @@ class _Rank:
 
     def _make_steps(self) -> None:
         """The next step, or the next two together: which, the number says, so that all ranks do the same."""
-        number = self._next
-        flights = [Flight(self._run.load, self._a2a) for _ in range(2 if number % 4 == 2 else 1)]
-        began = time.monotonic()
-        for ahead, flight in enumerate(flights):
-            self._reach(number + ahead, 0)
-            flight.send(number + ahead)
+        number, began = self._next, time.monotonic()
+        flights: list[Flight] = []
+        left: ExcludedFromView | None = None
+        for ahead in range(2 if number % 4 == 2 else 1):
+            flight = Flight(self._run.load, self._a2a)
+            try:
+                self._reach(number + ahead, 0)
+                flight.send(number + ahead)
+            except ExcludedFromView as error:  # a rank that leaves still ends the step that is open
+                left = error
+                break
+            flights.append(flight)
             self._reach(number + ahead, 1)
         for flight in flights:
             flight.receive()
@@ -201,6 +207,8 @@ class _Rank:
             flight.finish()
             self._report(flight, began)
             self._reach(flight.number, 4)
+        if left is not None:
+            raise left
 
     def _reach(self, number: int, point: int) -> None:
         words = self._words
@@ -246,7 +254,10 @@ class _Rank:
                 epoch, frozen, watcher = known
                 digest = hashlib.sha256(encode_view(view)).hexdigest()[:16]
                 held = {rank: view.slots[rank].incarnation for rank in view.ranks}
-                self._tell("view", epoch, digest, held, frozen, member.incarnation, watcher)
+                with self._speak:
+                    if member is self._backend.member:
+                        said = (epoch, digest, held, frozen, member.incarnation, watcher)
+                        self._pipe.send(("view", time.monotonic(), *said))
 
     def _tell(self, what: str, *content: Any) -> None:
         with self._speak:

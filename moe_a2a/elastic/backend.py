@@ -31,8 +31,10 @@ from moe_a2a.types import Dispatched, Handle, Layout
 #: While processes wait to be activated, this rank begins no more than so many steps of a channel without them; they
 #: are activated from a step on that is so far ahead that nobody can have begun it. Ranks are at most 2 steps apart.
 _STEPS_BEFORE, _STEPS_AHEAD = 2, 8
-#: For so long at most: then they are given up, and wait for the next occasion.
-_LONGEST_HOLD_S = 1.0
+#: For so long at most, and for this share of the time-out: then they are given up, and wait for the next occasion.
+_LONGEST_HOLD_S, _HOLD_SHARE = 1.0, 0.4
+#: Share of the time-out that a rank takes to find the way to others before its step.
+_FIND_SHARE = 0.3
 
 
 class _ElasticHealth(Health):
@@ -69,6 +71,7 @@ class ElasticBackend(CpuBackend):
             for blocks in self._arena.layout.blocks
         ]
         self._sequence = -1
+        self._found_epoch = -1
         self._waiting: dict[int, int] = {}
         self._waiting_since = 0
         self._held_for: dict[int, int] = {}
@@ -90,10 +93,16 @@ class ElasticBackend(CpuBackend):
         self._look_round()
         if self._held_for and number > self._hold[channel]:
             self._wait_for_activation()
-        return self._group.lookout.roll(channel, number)
+        roll = self._group.lookout.roll(channel, number)
+        self._find_way(roll)
+        return roll
 
     def _begin(self, step: Step) -> None:
-        self._words[step.channel][step.parity][:] = withdrawn_word(step.number)
+        # Not those about sums: peers may still be reading the ones of the step before last.
+        self._words[step.channel][step.parity][: Kind.PARTIALS_AWAY] = withdrawn_word(step.number)
+
+    def _begin_sums(self, step: Step) -> None:
+        self._words[step.channel][step.parity][Kind.PARTIALS_AWAY :] = withdrawn_word(step.number)
 
     def _receive(self, step: Step) -> None:
         super()._receive(step)
@@ -155,14 +164,17 @@ class ElasticBackend(CpuBackend):
         super().discard(handle)
 
     def _finish(self, step: Step) -> None:
-        roll, pause = roll_of(step), Pause()
+        roll, pause, lookout = roll_of(step), Pause(), self._group.lookout
         if step.tasks:
+            began = time.monotonic()
             with self._meeting.watch.driving() as drive:
                 while not all(task.done for task in step.tasks):
                     if drive():
                         pause.reset()
                     else:
                         pause.rest()
+                        lookout.begin_wait(began)
+            lookout.end_wait()
         roll.missing.update(roll.incarnations.keys() - roll.returned - roll.left)
         step.phase = Phase.DONE
         self._open[step.channel].remove(step)
@@ -247,9 +259,30 @@ class ElasticBackend(CpuBackend):
             return
         self._held_for = dict(self._waiting)
         self._hold = [number + _STEPS_BEFORE for number in self._number]
-        self._hold_until = time.monotonic() + _LONGEST_HOLD_S
+        self._hold_until = time.monotonic() + min(_LONGEST_HOLD_S, _HOLD_SHARE * self.options.timeout_s)
         if self.rank == min(roll.incarnations):
             self._group.keeper.activate(self._waiting, [number + _STEPS_AHEAD for number in self._number])
+
+    def _find_way(self, roll: Roll) -> None:
+        """Wait for the way to those that take part and were activated before this rank had found them: they came
+        together with it."""
+        group, lookout, pause = self._group, self._group.lookout, Pause()
+        if roll.epoch == self._found_epoch:
+            return
+        deadline = time.monotonic() + _FIND_SHARE * self.options.timeout_s
+
+        def unknown() -> list[int]:
+            ranks = roll.incarnations.keys() - {self.rank}
+            return [r for r in ranks if group.known.get(r) != roll.incarnations[r] and not lookout.lost(roll, r)]
+
+        while left := unknown():
+            group.take_in(group.keeper.take_found())
+            if time.monotonic() > deadline:
+                for rank in left:
+                    lookout.accuse(roll, rank, f"rank {self.rank} did not find the way to it in time")
+            pause.rest()
+        self._found_epoch = roll.epoch
+        roll.missing.update(rank for rank in roll.incarnations if lookout.lost(roll, rank))
 
     def _wait_for_activation(self) -> None:
         pause = Pause()

@@ -16,6 +16,11 @@ from moe_a2a.transport.wait import CHECK_EVERY_S, Pause
 from moe_a2a.transport.wire import Record, Spot
 
 K = TypeVar("K", bound=Hashable)
+#: What a rank or its host said of itself is believed for so long.
+_FRESH_S = 0.7
+#: Shares of the time-out: a host that has not been heard of for so long has vanished, once one of its ranks is missing;
+#: and how much longer than its budget a rank waits for one that waits itself.
+_SILENT_SHARE, _GRACE_SHARE = 0.4, 0.2
 #: Tells the group that a process failed: rank, incarnation, evidence.
 Accuse = Callable[[int, int, str], None]
 
@@ -67,8 +72,9 @@ class _Members:
 class Lookout:
     """Knows who takes part, from the page that the host's watcher writes, and who missed a budget here."""
 
-    def __init__(self, member: Member, accuse: Accuse, progress: Progress | None) -> None:
+    def __init__(self, member: Member, accuse: Accuse, progress: Progress | None, timeout_s: float) -> None:
         self._member, self._page, self._tell, self._progress = member, member.page, accuse, progress
+        self._timeout = timeout_s
         #: Newest epoch whose ranks this rank can reach.
         self.reachable = 0
         self._suspects: dict[int, int] = {}
@@ -109,12 +115,31 @@ class Lookout:
         )
 
     def accuse(self, roll: Roll, rank: int, evidence: str) -> None:
-        """Leave a rank out from now on, and tell the group."""
-        incarnation = roll.incarnations[rank]
-        if self._suspects.get(rank) != incarnation:
-            self._suspects[rank] = incarnation
-            self._members.clear()
-            self._tell(rank, incarnation, evidence)
+        """Leave a rank out from now on, and tell the group. If its host is silent too, leave all of that out."""
+        heard = self._page.heard(rank)
+        silent = time.monotonic() - heard > max(_FRESH_S, _SILENT_SHARE * self._timeout) if heard else False
+        host = next(host for host in roll.hosts if rank in host)
+        for other in host if silent and self._member.rank not in host else (rank,):
+            incarnation = roll.incarnations[other]
+            if self._suspects.get(other) != incarnation:
+                self._suspects[other] = incarnation
+                self._members.clear()
+                self._tell(other, incarnation, evidence if other == rank else f"its host is silent, and {evidence}")
+
+    def begin_wait(self, since: float) -> None:
+        """Let the others know that this rank itself waits. since: time.monotonic()."""
+        self._page.begin_wait(since)
+
+    def end_wait(self) -> None:
+        self._page.end_wait()
+
+    def excused(self, rank: int, since: float, budget_s: float) -> bool:
+        """Whether a rank from which nothing came within a budget waits for others itself, and so may not be the one
+        that hangs. since: when this rank began to wait for it."""
+        now, waits, page = time.monotonic(), self._page.waits_since(rank), self._page
+        if not waits or now - page.heard(rank) > _FRESH_S:
+            return False
+        return now < min(max(waits, since) + budget_s, since + budget_s + _GRACE_SHARE * self._timeout)
 
     def check(self) -> None:
         """Raises ExcludedFromView if this rank is outside the view."""
@@ -138,9 +163,17 @@ class Lookout:
         """Wait for records, and drive this rank's own transfers meanwhile. Returns (those that came and where, what did
         not come).
 
-        places: where a record may come, the likeliest place first. Who sends nothing within the budget is accused.
-        Raises ExcludedFromView if this rank itself is outside.
+        places: where a record may come, the likeliest place first. Who sends nothing within the budget is accused, and
+        who waits himself gets a little longer. Raises ExcludedFromView if this rank itself is outside.
         """
+        try:
+            return self._wait(step, places, budget_s, what, about)
+        finally:
+            self.end_wait()
+
+    def _wait(
+        self, step: Step, places: Mapping[K, Sequence[Spot]], budget_s: float, what: str, about: Callable[[K], Awaited]
+    ) -> tuple[dict[K, tuple[Record, Spot]], list[K]]:
         roll, number = step.roll, step.number
         assert roll is not None
         found: dict[K, tuple[Record, Spot]] = {}
@@ -166,11 +199,16 @@ class Lookout:
                 if not pending:
                     return found, lost
                 if late:
-                    for key, spots in pending.items():
+                    for key, spots in list(pending.items()):
                         blamed = None if _passed(spots, number) else about(key).blame()
                         if blamed is not None:
+                            if self.excused(blamed, started, budget_s):
+                                continue
                             self.accuse(roll, blamed, f"{what} of {step}: sent nothing within {budget_s:g} s")
-                    return found, [*lost, *pending]
+                        lost.append(key)
+                        del pending[key]
+                    late = False
+                    continue
                 if drive() or len(pending) < before:
                     pause.reset()
                     continue
@@ -178,6 +216,7 @@ class Lookout:
                 now = time.monotonic()
                 if now - checked >= CHECK_EVERY_S:
                     checked = now
+                    self.begin_wait(started)
                     self.check()
                     self.note_leavers(step)
                     for key, spots in pending.items():

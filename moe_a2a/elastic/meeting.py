@@ -137,7 +137,7 @@ class _Built:
         places = HostMap.from_labels([""] * self.slots)
         arena = Arena(config, places, rank, self.memory, {rank: member.incarnation}, self.layout)
         watch = Watch(self.memory, (), rank, progress)
-        lookout = Lookout(member, keeper.accuse, progress)
+        lookout = Lookout(member, keeper.accuse, progress, options.timeout_s)
         shared = ElasticShared(arena, lookout, _FORWARD_SHARE * options.timeout_s)
         peers: dict[int, RemotePeer] = {}
         rail = None
@@ -168,8 +168,8 @@ def found(config: Config, options: Options, elastic: Elastic, bootstrap: Bootstr
         bootstrap, _member_options(options, elastic), slots, config.channels, charter, keeper.on_change
     )
     stack.callback(member.close)
-    if member.rank == 0:
-        member.publish(_FACTS, _facts(slots, several, own_network() if one_network else ""))
+    # By all, as the charter: it has to outlive every one of them.
+    member.publish(_FACTS, _facts(slots, several, own_network() if one_network else ""))
     rounds.run(lambda: built.open(member), lambda _: True)
     ways, _ = rounds.run(lambda: built.find_all(member), lambda _: True)
     group = built.finish(member, keeper, ways, [0] * len(config.channels))
@@ -202,6 +202,7 @@ def join(config: Config, options: Options, elastic: Elastic, rank: int | None, s
         built = _Built(config, options, slots, several, network == own_network(), elastic.timeout_s, stack)
         keeper = Keeper(elastic.timeout_s)
         built.open(member)
+        member.publish(_FACTS, _facts(slots, several, network))
         group = built.finish(member, keeper, built.find_all(member), [])
         keepers.append(keeper)
         keeper.on_change(member.view)

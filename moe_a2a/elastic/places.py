@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from moe_a2a.elastic.windows import Window, Windows
 from moe_a2a.errors import MoeA2AError
@@ -19,6 +19,9 @@ from moe_a2a.transport.rail import RemotePeer
 
 _PLACE_BYTES = 16384
 _AGAIN_S = 0.01
+#: A process that hangs while it joins holds up the search for others no longer than this.
+_LONGEST_LOOK_S = 0.5
+T = TypeVar("T")
 HELD = (State.READY, State.ACTIVE, State.LEAVING)
 
 
@@ -106,18 +109,23 @@ class Finder:
         self._member, self._nbytes, self._windows, self._timeout = member, nbytes, windows, timeout_s
         self._told = dict(windows.given) if windows is not None else {}
 
-    def find(self, rank: int, incarnation: int) -> Found:
-        """Raises MoeA2AError."""
-        member, deadline = self._member, time.monotonic() + self._timeout
-        place = Place.decode(self._read(rank, incarnation, _place_name(rank, incarnation), deadline))
+    def find(self, rank: int, incarnation: int, patient: bool = True) -> Found:
+        """patient: wait until it says how it is reached. Raises MoeA2AError."""
+        member, limit = self._member, self._timeout if patient else 0.0
+        deadline = time.monotonic() + limit
+        place = self._read(rank, incarnation, _place_name(rank, incarnation), deadline, Place.decode)
         if slot_host(member.view, rank) == member.host:
-            return Found(incarnation, fd=self._fetch(rank, place))
+            return Found(incarnation, fd=self._fetch(rank, place, max(limit, _LONGEST_LOOK_S)))
         # Give before taking: two that come at the same time wait for each other.
         self._give(rank, incarnation)
+
+        def own_window(data: bytes) -> Window | None:
+            window = _windows_of(decode_json(data, _PLACE_BYTES, "a window")).get(member.rank)
+            return window if window and window.incarnation == member.incarnation else None
+
         own = place.windows.get(member.rank)
-        while own is None or own.incarnation != member.incarnation:
-            data = self._read(rank, incarnation, _window_name(rank, incarnation, member.rank), deadline)
-            own = _windows_of(decode_json(data, _PLACE_BYTES, "a window")).get(member.rank)
+        if own is None or own.incarnation != member.incarnation:
+            own = self._read(rank, incarnation, _window_name(rank, incarnation, member.rank), deadline, own_window)
         return Found(incarnation, peer=RemotePeer(place.engine, own.origin))
 
     def _give(self, rank: int, incarnation: int) -> None:
@@ -128,19 +136,22 @@ class Finder:
             self._member.publish(name, encode_json(_windows_json({rank: window})))
             self._told[rank] = window
 
-    def _read(self, rank: int, incarnation: int, name: str, deadline: float) -> bytes:
-        """What a process published, or will."""
-        while (data := self._member.lookup(name)) is None:
+    def _read(self, rank: int, incarnation: int, name: str, deadline: float, take: Callable[[bytes], T | None]) -> T:
+        """What `take` makes of what a process published, or will; None is for something older."""
+        while True:
+            data = self._member.lookup(name)
+            taken = None if data is None else take(data)
+            if taken is not None:
+                return taken
             slot = self._member.view.slots[rank]
             if slot.incarnation != incarnation or slot.state not in HELD:
                 raise MoeA2AError(f"rank {rank} is gone")
             if time.monotonic() > deadline:
-                raise MoeA2AError(f"rank {rank} does not say how it is reached within {self._timeout:g} s")
+                raise MoeA2AError(f"rank {rank} does not say how it is reached")
             time.sleep(_AGAIN_S)
-        return data
 
-    def _fetch(self, rank: int, place: Place) -> int:
-        fd, _ = fetch_fd(rank, place.socket, place.token, self._timeout)
+    def _fetch(self, rank: int, place: Place, limit_s: float) -> int:
+        fd, _ = fetch_fd(rank, place.socket, place.token, limit_s)
         size = os.fstat(fd).st_size
         if size != self._nbytes:
             with contextlib.suppress(OSError):

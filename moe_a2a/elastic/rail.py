@@ -216,10 +216,11 @@ class ElasticRail:
                 gone.update(
                     p for p in spots if self._lookout.lost(roll, p) or p in roll.left or spots[p].passed(number)
                 )
-                if now - started > _SOURCE_SHARE * self._timeout:
-                    for peer in spots.keys() - gone:
+                budget = _SOURCE_SHARE * self._timeout
+                for peer in spots.keys() - gone if now - started > budget else ():
+                    if not self._lookout.excused(peer, started, budget):
                         self._lookout.accuse(roll, peer, f"combine of {step}: no sums for other hosts in time")
-                    gone.update(spots)
+                        gone.add(peer)
             yield
 
     # who and where

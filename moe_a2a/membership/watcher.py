@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 
 from moe_a2a.errors import ConfigError, MessageError, MoeA2AError
-from moe_a2a.membership.control import Channel, Died, Message, NewView
+from moe_a2a.membership.control import Alive, Channel, Died, Message, NewView
 from moe_a2a.membership.daemon import detach, log_file, settle, shared_secret
 from moe_a2a.membership.link import StoreLink
 from moe_a2a.membership.page import Page, Process
@@ -41,6 +41,7 @@ BEAT_S = 0.2
 #: What another host saw is proposed here too, if its own proposal has not come through by then.
 SECOND_HAND_S = 0.05
 _MOST_RANKS = 1024
+_LONGEST_WAIT_MS = 3_600_000
 _GONE = "its process is gone"
 _CREDENTIALS = struct.Struct("3i")
 
@@ -91,6 +92,7 @@ class Watcher:
         self._dead: dict[tuple[int, int], tuple[str, float]] = {}
         self._sender: tuple[int, int] | None = None  # (rank, incarnation) in whose name the others are told
         self._inherited: set[int] = set()  # incarnations
+        self._alive: dict[tuple[int, int], int] = {}  # (rank, incarnation) of a sender -> its clock
         self._proposing = False
         self._posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._selector = selectors.DefaultSelector()
@@ -123,6 +125,7 @@ class Watcher:
             if now - beat >= BEAT_S:
                 beat = now
                 self._beat()
+                self._tell_of_waits()
             if self._ranks:
                 self._last_user, self._allowed = now, LINGER_S
             elif now - self._last_user > self._allowed:
@@ -136,6 +139,30 @@ class Watcher:
         """A sign of life for the ranks of this host, and whether the view is frozen."""
         for rank in self._ranks.values():
             rank.page.beat(self.link.away)
+
+    def _tell_of_waits(self) -> None:
+        """Tell all ranks that this host is there, and which of its ranks wait for others themselves: who hangs is to be
+        blamed for it, not who waits for him."""
+        now = time.monotonic_ns()
+        ranks = {rank.rank: rank for rank in self._ranks.values() if self._matters(rank.rank, rank.incarnation)}
+        since = {number: rank.page.own_wait for number, rank in ranks.items()}
+        self._hear_of(since)
+        if ranks and self.view is not None:
+            waits = {number: max(1, (now - began) // 1_000_000) for number, began in since.items() if began}
+            alive = Alive(now, {number: rank.incarnation for number, rank in ranks.items()}, waits)
+            self._tell(set(self.view.watchers().values()), alive)
+
+    def _take_alive(self, sender: tuple[int, int], alive: Alive) -> None:
+        if alive.at <= self._alive.get(sender, 0):  # recorded, and sent again
+            return
+        self._alive[sender] = alive.at
+        now = time.monotonic_ns()
+        since = {rank: now - min(ms, _LONGEST_WAIT_MS) * 1_000_000 for rank, ms in alive.waits.items()}
+        self._hear_of({rank: since.get(rank, 0) for rank, inc in alive.ranks.items() if self._matters(rank, inc)})
+
+    def _hear_of(self, since: Mapping[int, int]) -> None:
+        for rank in self._ranks.values():
+            rank.page.hear(since)
 
     def _run_posted(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -251,7 +278,7 @@ class Watcher:
             self._selector.register(self.channel.socket, selectors.EVENT_READ, self._hear)
         return self.channel
 
-    def _tell(self, addresses: set[str], content: View | Died) -> None:
+    def _tell(self, addresses: set[str], content: View | Died | Alive) -> None:
         """In the name of a rank of this host; of the last one that died, if there is none left."""
         alive = ((rank.rank, rank.incarnation) for rank in self._ranks.values() if rank.rank >= 0)
         self._sender = next(alive, self._sender)
@@ -270,6 +297,8 @@ class Watcher:
             elif isinstance(message.content, Died):
                 known = {r: i for r, i in message.content.ranks.items() if self._matters(r, i)}
                 self._mark(known, message.content.note, SECOND_HAND_S)
+            elif isinstance(message.content, Alive):
+                self._take_alive((message.rank, message.incarnation), message.content)
             else:
                 self.adopt(message.content.view)
 

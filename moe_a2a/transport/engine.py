@@ -64,7 +64,9 @@ def load() -> ModuleType:
             "MC_TCP_PROTO=1 turns off acknowledged TCP writes, so that rows could be read before they are there; "
             "unset it"
         )
-    os.environ.setdefault("MC_LOG_LEVEL", "ERROR")  # read when the first engine is made
+    # Read when the first engine is made. The first write to a peer connects to it, and waits for that.
+    os.environ.setdefault("MC_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("MC_HANDSHAKE_CONNECT_TIMEOUT", "1")
     try:
         return importlib.import_module("mooncake.engine")
     except ImportError as error:

@@ -100,7 +100,8 @@ class HostMemory:
         self.fd = os.memfd_create("moe_a2a", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(self.fd, nbytes)
         private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-        self._base = _map(None, nbytes * count, 0, private, -1)
+        # A region that is not mapped yet reads as zeros, which no record is.
+        self._base = _map(None, nbytes * count, mmap.PROT_READ, private, -1)
         self._map_region(index, self.fd, mmap.PROT_READ | mmap.PROT_WRITE)
         fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
         self._raw = (ctypes.c_uint8 * (nbytes * count)).from_address(self._base)
