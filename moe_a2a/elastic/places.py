@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from moe_a2a.elastic.windows import Window, Windows
-from moe_a2a.errors import MoeA2AError
+from moe_a2a.errors import EngineError, MoeA2AError
 from moe_a2a.membership.member import Member
 from moe_a2a.membership.view import State, View
 from moe_a2a.membership.wire import decode_json, encode_json, incarnations, text
@@ -102,11 +102,20 @@ class Found:
 class Finder:
     """Finds the way to processes that hold a slot, and gives those of other hosts a window.
 
-    nbytes: what a region must have. windows: None in groups on one host.
+    nbytes: what a region must have. windows: None in groups on one host. reach: writes to a rank of another host for
+    the first time, which connects to it: no step has to wait for that.
     """
 
-    def __init__(self, member: Member, nbytes: int, windows: Windows | None, timeout_s: float) -> None:
+    def __init__(
+        self,
+        member: Member,
+        nbytes: int,
+        windows: Windows | None,
+        reach: Callable[[int, RemotePeer, float], None],
+        timeout_s: float,
+    ) -> None:
         self._member, self._nbytes, self._windows, self._timeout = member, nbytes, windows, timeout_s
+        self._reach = reach
         self._told = dict(windows.given) if windows is not None else {}
 
     def find(self, rank: int, incarnation: int, patient: bool = True) -> Found:
@@ -126,7 +135,14 @@ class Finder:
         own = place.windows.get(member.rank)
         if own is None or own.incarnation != member.incarnation:
             own = self._read(rank, incarnation, _window_name(rank, incarnation, member.rank), deadline, own_window)
-        return Found(incarnation, peer=RemotePeer(place.engine, own.origin))
+        peer = RemotePeer(place.engine, own.origin)
+        while True:
+            try:
+                self._reach(rank, peer, _LONGEST_LOOK_S)
+                return Found(incarnation, peer=peer)
+            except EngineError:
+                if time.monotonic() > deadline or not self._holds(rank, incarnation):
+                    raise
 
     def _give(self, rank: int, incarnation: int) -> None:
         assert self._windows is not None  # of a group that spans hosts
@@ -143,12 +159,15 @@ class Finder:
             taken = None if data is None else take(data)
             if taken is not None:
                 return taken
-            slot = self._member.view.slots[rank]
-            if slot.incarnation != incarnation or slot.state not in HELD:
+            if not self._holds(rank, incarnation):
                 raise MoeA2AError(f"rank {rank} is gone")
             if time.monotonic() > deadline:
                 raise MoeA2AError(f"rank {rank} does not say how it is reached")
             time.sleep(_AGAIN_S)
+
+    def _holds(self, rank: int, incarnation: int) -> bool:
+        slot = self._member.view.slots[rank]
+        return slot.incarnation == incarnation and slot.state in HELD
 
     def _fetch(self, rank: int, place: Place, limit_s: float) -> int:
         fd, _ = fetch_fd(rank, place.socket, place.token, limit_s)
