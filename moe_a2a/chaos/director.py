@@ -367,10 +367,13 @@ class Director:
         """Count ranks that were excluded, and steps that were not whole, though nothing was done that explains it."""
         group = self._its()
         struck = set(event.ranks) | group.ranks_of(event.hosts) if event.kind != "watcher" else set()
-        for rank, live in group.lives.items():
-            if live.outside and rank not in struck:
-                self._tally.count(self._tally.uncalled, "ranks excluded")
-                self._note(f"rank {rank} was excluded without a cause: {live.outside[0][1]}")
+        excluded = [rank for rank, live in group.lives.items() if live.outside and rank not in struck]
+        for rank in excluded:
+            live = group.lives[rank]
+            self._tally.count(self._tally.uncalled, "ranks excluded")
+            self._note(f"rank {rank} was excluded without a cause: {live.outside[0][1]}")
+        if excluded:
+            self._keep_stacks()
         if event.kind in ("leave", "watcher", "store", "store stopped", "cut store"):
             for rank, live in group.lives.items():
                 for number, (missing, _) in live.short.items():

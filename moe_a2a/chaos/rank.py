@@ -37,6 +37,7 @@ from moe_a2a.membership.wire import encode_view
 _NAP_S = 2e-3
 _AGAIN_S = 0.05
 _RETRIES_S = 60.0
+_SLOW_SHARE = 0.7
 
 
 @dataclass(frozen=True)
@@ -187,6 +188,7 @@ class _Rank:
     def _make_steps(self) -> None:
         """The next step, or the next two together: which, the number says, so that all ranks do the same."""
         number, began = self._next, time.monotonic()
+        faulthandler.dump_traceback_later(_SLOW_SHARE * self._run.timeout_s)  # what it hangs on, if it does
         flights: list[Flight] = []
         left: ExcludedFromView | None = None
         for ahead in range(2 if number % 4 == 2 else 1):
@@ -207,6 +209,7 @@ class _Rank:
             flight.finish()
             self._report(flight, began)
             self._reach(flight.number, 4)
+        faulthandler.cancel_dump_traceback_later()
         if left is not None:
             raise left
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from moe_a2a.bootstrap import Bootstrap
@@ -34,6 +35,7 @@ from moe_a2a.transport.protocol import Transport
 from moe_a2a.transport.rail import RemotePeer
 from moe_a2a.transport.region import RegionLayout
 from moe_a2a.transport.wait import Watch
+from moe_a2a.transport.wire import RECORD_BYTES, Kind
 
 #: Share of the time-out that waits inside a host may last: others wait for those who wait.
 _FORWARD_SHARE = 0.8
@@ -114,7 +116,15 @@ class _Built:
                 self.windows.give(other, incarnation)
         given = self.windows.given if self.windows else {}
         Place(server.name, server.token, self.engine.name if self.engine else "", own_network(), given).publish(member)
-        self.finder = Finder(member, self.layout.nbytes, self.windows, self.timeout_s)
+        self.finder = Finder(member, self.layout.nbytes, self.windows, partial(self._reach, rank), self.timeout_s)
+
+    def _reach(self, own: int, rank: int, peer: RemotePeer, limit_s: float) -> None:
+        """Write a record that means nothing to a rank of another host."""
+        assert self.engine is not None
+        block, nothing = self.layout.blocks[0][0], RECORD_BYTES * Kind.PARTIALS_AWAY
+        source = self.memory.address(own, block.host_slots[rank].outbox + nothing)
+        target = peer.address + block.source_slots[own].inbox + nothing
+        self.engine.reach(peer.engine, source, target, RECORD_BYTES, limit_s)
 
     def find_all(self, member: Member) -> dict[int, Found]:
         """The ways to all that take part. Those who wait to be activated come later."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from moe_a2a.elastic.windows import Window, Windows
-from moe_a2a.errors import MoeA2AError
+from moe_a2a.errors import EngineError, MoeA2AError, RankLost
 from moe_a2a.membership.member import Member
 from moe_a2a.membership.view import State, View
 from moe_a2a.membership.wire import decode_json, encode_json, incarnations, text
@@ -102,11 +102,20 @@ class Found:
 class Finder:
     """Finds the way to processes that hold a slot, and gives those of other hosts a window.
 
-    nbytes: what a region must have. windows: None in groups on one host.
+    nbytes: what a region must have. windows: None in groups on one host. reach: writes to a rank of another host for
+    the first time, which connects to it: no step has to wait for that.
     """
 
-    def __init__(self, member: Member, nbytes: int, windows: Windows | None, timeout_s: float) -> None:
+    def __init__(
+        self,
+        member: Member,
+        nbytes: int,
+        windows: Windows | None,
+        reach: Callable[[int, RemotePeer, float], None],
+        timeout_s: float,
+    ) -> None:
         self._member, self._nbytes, self._windows, self._timeout = member, nbytes, windows, timeout_s
+        self._reach = reach
         self._told = dict(windows.given) if windows is not None else {}
 
     def find(self, rank: int, incarnation: int, patient: bool = True) -> Found:
@@ -115,7 +124,7 @@ class Finder:
         deadline = time.monotonic() + limit
         place = self._read(rank, incarnation, _place_name(rank, incarnation), deadline, Place.decode)
         if slot_host(member.view, rank) == member.host:
-            return Found(incarnation, fd=self._fetch(rank, place, max(limit, _LONGEST_LOOK_S)))
+            return Found(incarnation, fd=self._insist(rank, incarnation, deadline, lambda: self._fetch(rank, place)))
         # Give before taking: two that come at the same time wait for each other.
         self._give(rank, incarnation)
 
@@ -126,7 +135,19 @@ class Finder:
         own = place.windows.get(member.rank)
         if own is None or own.incarnation != member.incarnation:
             own = self._read(rank, incarnation, _window_name(rank, incarnation, member.rank), deadline, own_window)
-        return Found(incarnation, peer=RemotePeer(place.engine, own.origin))
+        peer = RemotePeer(place.engine, own.origin)
+        self._insist(rank, incarnation, deadline, lambda: self._reach(rank, peer, _LONGEST_LOOK_S))
+        return Found(incarnation, peer=peer)
+
+    def _insist(self, rank: int, incarnation: int, deadline: float, reach: Callable[[], T]) -> T:
+        """Try until it works, the time is up, or the process has lost its slot: one that hangs answers nobody."""
+        while True:
+            try:
+                return reach()
+            except (EngineError, RankLost):
+                if time.monotonic() > deadline or not self._holds(rank, incarnation):
+                    raise
+            time.sleep(_AGAIN_S)
 
     def _give(self, rank: int, incarnation: int) -> None:
         assert self._windows is not None  # of a group that spans hosts
@@ -143,15 +164,18 @@ class Finder:
             taken = None if data is None else take(data)
             if taken is not None:
                 return taken
-            slot = self._member.view.slots[rank]
-            if slot.incarnation != incarnation or slot.state not in HELD:
+            if not self._holds(rank, incarnation):
                 raise MoeA2AError(f"rank {rank} is gone")
             if time.monotonic() > deadline:
                 raise MoeA2AError(f"rank {rank} does not say how it is reached")
             time.sleep(_AGAIN_S)
 
-    def _fetch(self, rank: int, place: Place, limit_s: float) -> int:
-        fd, _ = fetch_fd(rank, place.socket, place.token, limit_s)
+    def _holds(self, rank: int, incarnation: int) -> bool:
+        slot = self._member.view.slots[rank]
+        return slot.incarnation == incarnation and slot.state in HELD
+
+    def _fetch(self, rank: int, place: Place) -> int:
+        fd, _ = fetch_fd(rank, place.socket, place.token, _LONGEST_LOOK_S)
         size = os.fstat(fd).st_size
         if size != self._nbytes:
             with contextlib.suppress(OSError):

@@ -16,6 +16,7 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any, ClassVar
@@ -24,10 +25,12 @@ from packaging.version import Version
 
 from moe_a2a.errors import EngineError
 from moe_a2a.libraries import ENGINE_WHEELS, MINIMUM_ENGINE, how_to_get, install_engine, missing_library, replace_engine
+from moe_a2a.sockets import hang_up, sockets_to
 
 #: Engines that find each other without a server.
 P2P = "P2PHANDSHAKE"
 _NOISE = (b"Logging before InitGoogleLogging", b"Local segment descriptor not found")
+_LOOK_S = 5e-4
 _RDMA_DEVICES = pathlib.Path("/sys/class/infiniband")
 
 
@@ -179,6 +182,25 @@ class Engine:
 
     def unregister(self, address: int) -> None:
         self._engine.unregister_memory(address)
+
+    def reach(self, peer: str, source: int, target: int, nbytes: int, limit_s: float) -> None:
+        """Make a first write to a peer: it connects to it. Raises EngineError if that takes longer than the limit.
+
+        The engine itself would wait up to a minute for the answer of a process that was stopped, and keep all other
+        writes of this process waiting.
+        """
+        port, deadline = int(peer.rpartition(":")[2]), time.monotonic() + limit_s
+        before = sockets_to(port)
+        patience = threading.Timer(limit_s, lambda: hang_up(sockets_to(port) - before))
+        patience.start()
+        try:
+            batch = self.submit_write(peer, source, target, nbytes)
+        finally:
+            patience.cancel()
+        while not self.is_done(batch, peer):
+            if time.monotonic() > deadline:
+                raise EngineError(f"{peer} does not answer within {limit_s:g} s")
+            time.sleep(_LOOK_S)
 
     def submit_write(self, peer: str, source: int, target: int, nbytes: int) -> int:
         """Post one write of registered memory to a peer's registered memory. Returns a batch id; never waits for the
