@@ -20,9 +20,9 @@ from moe_a2a.hosts import own_label
 from moe_a2a.membership.line import Line
 from moe_a2a.membership.page import Page
 from moe_a2a.membership.registered import PROTOCOL, why_outside
+from moe_a2a.membership.settings import Settings
 from moe_a2a.membership.store import check_group, split_url
 from moe_a2a.membership.view import Endpoint, State, View
-from moe_a2a.membership.watcher import Settings
 from moe_a2a.membership.wire import encode_view, number
 
 _GOODBYE_S = 2.0
