@@ -90,14 +90,16 @@ def _scale(ctx: Ctx, where: Where, few: int) -> list[Made]:
         return made + serve(ctx, a2a, _all_of(few), key="they have left")
 
 
-@pytest.mark.parametrize("hosts", [["a"] * 6, ["a", "b", "a", "b", "b", "c"]])
-def test_a_group_grows_and_shrinks_without_a_bad_step(hosts):
-    results = run_ranks(_scale, 6, new_group(), 3, hosts=hosts)
+@pytest.mark.parametrize(
+    "few, hosts", [(3, ["a"] * 6), (3, ["a", "b", "a", "b", "b", "c"]), (4, ["a", "a", "b", "b", "a", "b", "c", "c"])]
+)
+def test_a_group_grows_and_shrinks_without_a_bad_step(few, hosts):
+    results = run_ranks(_scale, len(hosts), new_group(), few, hosts=hosts)
     for rank, made in enumerate(results):
         assert not [step for step in made if step.missing], [step for step in made if step.missing]
-        if rank < 3:
+        if rank < few:
             assert [step.number for step in made] == list(range(6, 6 + len(made)))
-            assert made[-1].members == [0, 1, 2]
+            assert made[-1].members == list(range(few))
 
 
 def _refused(ctx: Ctx, where: Where) -> list[Made]:
@@ -118,6 +120,8 @@ def _refused(ctx: Ctx, where: Where) -> list[Made]:
     join("max_ranks differs", max_ranks=8)
     join("founded on one host", host="elsewhere")
     join("knows no group", group="nobody")
+    meeting.FORMAT_VERSION += 1
+    join("another version of moe-a2a")
     ctx.store.set("refused", "1")
     return []
 

@@ -14,11 +14,12 @@ from elastic_steps import MOVES, ElasticFlight, Made, Where, elastic_a2a, serve
 from ranks import Ctx, run_ranks
 
 from moe_a2a import cpu_backend
+from moe_a2a.membership.store import open_store
 from moe_a2a.membership.store_process import start_store
 from moe_a2a.membership.view import LIFE
 
 sys.path.insert(0, str(Path(__file__).parent / "membership"))
-from stores import serving
+from stores import Etcd, serving, wait_until_it_answers
 
 AWAY, LOST, BACK = 10, 20, 40
 TIMEOUT_S = 2.0
@@ -139,3 +140,64 @@ def test_who_joins_learns_what_the_founders_settled_when_they_and_the_store_have
     where = Where(start_store(), "after_the_founder")
     results = run_ranks(_after_the_founder, 4, where, serving(where.store), hosts=["a", "b", "b", "a"], dies=[0])
     assert all(step.members == [0, 1, 2] and not step.missing for step in results[1:])
+
+
+def _on_etcd(ctx: Ctx, where: Where) -> list[Made]:
+    """Rank 0 dies and is replaced; then etcd dies and comes back."""
+    joins = ctx.rank == ctx.world - 1
+    if joins:
+        ctx.store.wait(["rank 0 is gone"])
+    a2a = elastic_a2a(ctx, where, ctx.world - 1, join=0 if joins else None)
+    with a2a:
+
+        def before(number: int, move: str) -> None:
+            if ctx.rank == 0 and (number, move) == (LOST, "receive"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            if ctx.rank == 1 and a2a.elastic.ranks == (1, 2):
+                ctx.store.set("rank 0 is gone", "1")
+
+        def all_are_back(step: Made) -> bool:
+            return step.number > LOST and step.members == [0, 1, 2] and not step.missing
+
+        made = serve(ctx, a2a, all_are_back, before, key="rank 0 is back")
+        frozen: list[bool] = []
+
+        def seen(number: int, move: str) -> None:
+            frozen.append(a2a.elastic.frozen)
+
+        return made + serve(
+            ctx, a2a, lambda step: any(frozen) and not frozen[-1], seen, key="etcd is back", most=20_000
+        )
+
+
+def test_a_group_on_etcd_goes_on_through_the_death_of_rank_0_and_of_etcd(tmp_path):
+    etcd = Etcd(tmp_path)
+    pauses = threading.Thread(target=_restart, args=(etcd,))
+    try:
+        wait_until_it_answers(etcd.url)
+        pauses.start()
+        hosts = ["a", "b", "b", "a"]
+        results = run_ranks(_on_etcd, 4, Where(etcd.url, "steps"), hosts=hosts, dies=[0])
+    finally:
+        _over.set()
+        pauses.join()
+        etcd.close()
+    for made in results[1:]:
+        assert made[-1].members == [0, 1, 2] and not made[-1].missing
+        assert not [step for step in made if step.missing and step.number > LOST + 50]
+
+
+_over = threading.Event()
+
+
+def _restart(etcd: Etcd) -> None:
+    """Kill etcd some time after the group has got over the death of rank 0, and start it again."""
+    group = open_store(etcd.url, "steps")
+    while not _over.wait(0.1):
+        view = group.get()
+        if view is not None and view.ranks == (0, 1, 2) and view.epoch > 2:
+            _over.wait(1.0)
+            etcd.kill()
+            _over.wait(2.0)
+            etcd.start()
+            return

@@ -18,9 +18,11 @@ from moe_a2a.transport.wire import Record, Spot
 K = TypeVar("K", bound=Hashable)
 #: What a rank or its host said of itself is believed for so long.
 _FRESH_S = 0.7
-#: Shares of the time-out: a host that has not been heard of for so long has vanished, once one of its ranks is missing;
-#: and how much longer than its budget a rank waits for one that waits itself.
-_SILENT_SHARE, _GRACE_SHARE = 0.4, 0.2
+#: Share of the time-out: a host that has not been heard of for so long has vanished, once one of its ranks is missing.
+_SILENT_SHARE = 0.4
+#: The same for a rank that waits itself. It is excused for so long from its own wait's beginning, because that may last
+#: for the whole time-out, and from the beginning of the wait for it.
+_OWN_WAIT_SHARE, _LONGEST_SHARE = 1.1, 1.25
 #: Tells the group that a process failed: rank, incarnation, evidence.
 Accuse = Callable[[int, int, str], None]
 
@@ -133,13 +135,13 @@ class Lookout:
     def end_wait(self) -> None:
         self._page.end_wait()
 
-    def excused(self, rank: int, since: float, budget_s: float) -> bool:
+    def excused(self, rank: int, since: float) -> bool:
         """Whether a rank from which nothing came within a budget waits for others itself, and so may not be the one
         that hangs. since: when this rank began to wait for it."""
         now, waits, page = time.monotonic(), self._page.waits_since(rank), self._page
         if not waits or now - page.heard(rank) > _FRESH_S:
             return False
-        return now < min(max(waits, since) + budget_s, since + budget_s + _GRACE_SHARE * self._timeout)
+        return now < min(waits + _OWN_WAIT_SHARE * self._timeout, since + _LONGEST_SHARE * self._timeout)
 
     def check(self) -> None:
         """Raises ExcludedFromView if this rank is outside the view."""
@@ -202,7 +204,7 @@ class Lookout:
                     for key, spots in list(pending.items()):
                         blamed = None if _passed(spots, number) else about(key).blame()
                         if blamed is not None:
-                            if self.excused(blamed, started, budget_s):
+                            if self.excused(blamed, started):
                                 continue
                             self.accuse(roll, blamed, f"{what} of {step}: sent nothing within {budget_s:g} s")
                         lost.append(key)

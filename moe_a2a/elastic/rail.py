@@ -207,7 +207,7 @@ class ElasticRail:
                 )
                 budget = _SOURCE_SHARE * self._timeout
                 for peer in spots.keys() - gone if now - started > budget else ():
-                    if not self._lookout.excused(peer, started, budget):
+                    if not self._lookout.excused(peer, started):
                         self._lookout.accuse(roll, peer, f"combine of {step}: no sums for other hosts in time")
                         gone.add(peer)
             yield
