@@ -116,7 +116,7 @@ def _after_the_founder(ctx: Ctx, where: Where, store_pid: int) -> Made:
         a2a = elastic_a2a(ctx, where, 3, timeout_s=TIMEOUT_S)
     with a2a:
         if ctx.rank == 0:
-            os.kill(a2a._backend.member._watcher_pid, signal.SIGKILL)
+            os.kill(a2a._backend.member.watcher_pid, signal.SIGKILL)
             os.kill(os.getpid(), signal.SIGKILL)
         starts: list[threading.Thread] = []
 

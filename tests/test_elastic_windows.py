@@ -23,19 +23,21 @@ WIDE = CASE.replace(max_tokens=32768, layouts=("grouped", "contiguous"))
 
 def _write_and_stop(ctx: Ctx, a2a: AllToAll) -> None:
     """Write all of this rank's lane with bytes that are no rows, and stop when a part has gone."""
-    rail, arena = a2a._backend._group.rail, a2a._backend._arena
+    delivery, arena = a2a._backend._group.rail._delivery, a2a._backend._arena
     start, nbytes = arena.layout.lanes[VICTIM]
     first = arena.memory.position(VICTIM, start)
     arena.memory.bytes[first : first + nbytes] = b"\xff" * nbytes
-    peer, reader = rail._peers[READER], int(ctx.store.get(f"pid of {READER}"))
+    peer, reader = delivery._peers[READER], int(ctx.store.get(f"pid of {READER}"))
     os.kill(reader, signal.SIGSTOP)
-    batch = rail._engine.submit_write(peer.engine, arena.memory.address(VICTIM, start), peer.address + start, nbytes)
+    batch = delivery._engine.submit_write(
+        peer.engine, arena.memory.address(VICTIM, start), peer.address + start, nbytes
+    )
     time.sleep(0.3)
-    assert not rail._engine.is_done(batch, peer.engine)
+    assert not delivery._engine.is_done(batch, peer.engine)
     ctx.store.set("victim", str(os.getpid()))
     os.kill(reader, signal.SIGCONT)
     os.kill(os.getpid(), signal.SIGSTOP)
-    while not rail._engine.is_done(batch, peer.engine):
+    while not delivery._engine.is_done(batch, peer.engine):
         time.sleep(1e-3)
     ctx.store.set("the rest has come", "1")
 

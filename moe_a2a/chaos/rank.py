@@ -260,8 +260,8 @@ class _Rank:
         known = (0, False, 0)
         while member is self._backend.member:
             with contextlib.suppress(MoeA2AError):
-                view = member.wait(lambda v: (v.epoch, member.frozen, member._watcher_pid) != known, 1.0)  # noqa: B023
-                known = (view.epoch, member.frozen, member._watcher_pid)
+                view = member.wait(lambda v: (v.epoch, member.frozen, member.watcher_pid) != known, 1.0)  # noqa: B023
+                known = (view.epoch, member.frozen, member.watcher_pid)
                 epoch, frozen, watcher = known
                 digest = hashlib.sha256(encode_view(view)).hexdigest()[:16]
                 held = {rank: view.slots[rank].incarnation for rank in view.ranks}

@@ -8,16 +8,16 @@ rail peer. Whoever has a source's rows in its own region adds up that source's s
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Generator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
+from moe_a2a.elastic.delivery import Delivery, Work, around
 from moe_a2a.elastic.lookout import Awaited, Lookout
 from moe_a2a.elastic.shared import Spots, Where, announce, mask_of, roll_of
-from moe_a2a.errors import EngineError
 from moe_a2a.routing import Arrival, Contribution, bags, rank_hits
 from moe_a2a.rows import sum_rows
-from moe_a2a.step import Roll, RowFormat, Step
+from moe_a2a.step import RowFormat, Step
 from moe_a2a.transport.arena import Arena
 from moe_a2a.transport.engine import Engine
 from moe_a2a.transport.progress import Progress
@@ -26,19 +26,10 @@ from moe_a2a.transport.rail import NEARLY_ALL, RemotePeer
 from moe_a2a.transport.region import Slot
 from moe_a2a.transport.shared import check_discarded
 from moe_a2a.transport.wait import CHECK_EVERY_S
-from moe_a2a.transport.wire import RECORD_BYTES, FloatArray, Kind, Record, Spot, Status, withdraw, withdrawn
+from moe_a2a.transport.wire import RECORD_BYTES, FloatArray, Kind, Record, Spot, Status, withdraw
 
-#: Shares of the time-out: a write that hangs is noticed before those who wait for what it carries give up, and those
-#: before the ones that wait for them.
-_WRITE_SHARE, _SOURCE_SHARE = 0.5, 0.8
-
-Work = Generator[None, None, None]
-
-
-def around(host: tuple[int, ...], home: tuple[int, ...], rank: int) -> list[int]:
-    """The ranks of a host in the order in which a rank of another one, `home`, prefers them as rail peers."""
-    begin = home.index(rank)
-    return [host[(begin + i) % len(host)] for i in range(len(host))]
+#: Share of the time-out that a rank waits for a source: others wait for its sums.
+_SOURCE_SHARE = 0.8
 
 
 class ElasticRail:
@@ -53,23 +44,21 @@ class ElasticRail:
         progress: Progress,
         timeout_s: float,
     ) -> None:
-        self._arena, self._engine, self._peers = arena, engine, peers
-        self._lookout, self._progress, self._timeout = lookout, progress, timeout_s
+        self._arena, self._lookout, self._progress, self._timeout = arena, lookout, progress, timeout_s
+        self._delivery = Delivery(arena, engine, peers, lookout, timeout_s)
         self._config = arena.config
         self.sources = tuple(range(len(arena.peers)))
         self._rows = Spots(arena, Kind.DISPATCH, self._inboxes)
         self._weights = Spots(arena, Kind.WEIGHTS, self._inboxes)
         self._partials = Spots(arena, Kind.PARTIALS_AWAY, self._mailboxes)
         self._sums = Spots(arena, Kind.COMBINE, self._own_inboxes)
-        #: (channel, parity, rank) of slots from which somebody may still be reading rows of an earlier step.
-        self._dirty: set[tuple[int, int, int]] = set()
 
     # dispatch
 
     def send_dispatch(self, step: Step) -> None:
         arena, block, roll = self._arena, self._arena.block(step), roll_of(step)
         for place, host in roll.away:
-            first = self._next_rail(step, host, ())
+            first = self._delivery.next_rail(step, host)
             if first is None:
                 roll.missing.update(host)
                 continue
@@ -84,7 +73,7 @@ class ElasticRail:
             start = arena.tables(step, len(rows)).tokens
             nbytes = len(rows) * arena.row_bytes(step.row_format) - start if len(rows) else 0
             record = arena.record(step, Kind.DISPATCH, len(rows), nbytes=nbytes)
-            self._begin(step, self._deliver(step, place, first, record, at, start))
+            self._begin(step, self._delivery.bring_rows(step, place, first, record, at, start))
 
     def recv_dispatch(self, step: Step) -> list[Arrival]:
         roll, slots = roll_of(step), self._arena.block(step).source_slots
@@ -99,7 +88,7 @@ class ElasticRail:
 
     def send_weights(self, step: Step, weights: FloatArray) -> None:
         for place, rows in step.sent_to_host.items():
-            self._begin(step, self._deliver_weights(step, place, weights[rows]))
+            self._begin(step, self._delivery.bring_weights(step, place, weights[rows]))
 
     def recv_weights(self, step: Step) -> dict[int, FloatArray]:
         roll, slots = roll_of(step), self._arena.block(step).source_slots
@@ -138,7 +127,7 @@ class ElasticRail:
             returned = {r for r in host if record.mask >> r & 1}
             roll.returned.update(returned)
             if returned != set(host):
-                self._dirty.add((step.channel, step.parity, rail))
+                self._delivery.read_by_others(step, rail)
             if record.rows == len(rows) and not discarded:
                 first = arena.rows_at(arena.rank, block.host_slots[rail].rows, RowFormat.PLAIN)
                 sums[(host[0], rail)] = Contribution(rows, first)
@@ -155,7 +144,7 @@ class ElasticRail:
         def gone() -> bool:
             rail = roll.rails.get(place)
             if rail is None:  # it is still being delivered, unless nobody is left
-                return self._next_rail(step, host, ()) is None
+                return self._delivery.next_rail(step, host) is None
             return self._lookout.lost(roll, rail)
 
         return Awaited(host[0], gone, blame)
@@ -182,7 +171,7 @@ class ElasticRail:
                 summed -= torn
             nbytes = rows * self._config.row_bytes
             record = arena.record(step, Kind.COMBINE, rows, nbytes=nbytes, mask=mask_of(summed))
-        yield from self._transfer(step, source, record, slot, target, slot.rows, 0)
+        yield from self._delivery.transfer(step, source, record, slot, target, slot.rows, 0)
 
     def _sum_partials(self, step: Step, arrival: Arrival, slot: Slot, summed: Collection[int]) -> None:
         """Rows of a source's slot = the sums of these ranks' partial rows, ranks ascending."""
@@ -224,14 +213,6 @@ class ElasticRail:
             yield
 
     # who and where
-
-    def _next_rail(self, step: Step, host: tuple[int, ...], tried: Collection[int]) -> int | None:
-        """The live rank of a host that this rank sends to: the one at this rank's place, or one of those after it."""
-        roll = roll_of(step)
-        for rank in around(host, roll.here, self._arena.rank):
-            if rank in self._peers and rank not in tried and not self._lookout.lost(roll, rank):
-                return rank
-        return None
 
     def _inboxes(self, step: Step) -> dict[int, list[Where]]:
         """Where a source's record may be: with its rail peer, or, if that was lost, with another rank of this host."""
@@ -276,88 +257,5 @@ class ElasticRail:
         roll.missing.update(set(lost) - roll.left)
         return found
 
-    # the engine
-
     def _begin(self, step: Step, work: Work) -> None:
         step.tasks.append(self._progress.start(work))
-
-    def _deliver(self, step: Step, place: int, first: int, record: Record, at: int, start: int) -> Work:
-        """Bring this rank's rows to a host: to its rail peer there, `first`, or to another one if that is lost."""
-        roll, block = roll_of(step), self._arena.block(step)
-        host = roll.hosts[place]
-        rail: int | None = first
-        tried: list[int] = []
-        while rail is not None:
-            mirror = block.source_slots[self._arena.rank]
-            sent = yield from self._transfer(step, rail, record, block.host_slots[rail], mirror, at, start)
-            if sent:
-                if tried:
-                    roll.resent.add(place)
-                roll.rails[place] = rail
-                return
-            tried.append(rail)
-            rail = self._next_rail(step, host, tried)
-        roll.missing.update(host)
-
-    def _deliver_weights(self, step: Step, place: int, weights: FloatArray) -> Work:
-        """Bring weights to where the rows are."""
-        arena, roll, block = self._arena, roll_of(step), self._arena.block(step)
-        while place not in roll.rails:
-            if self._next_rail(step, roll.hosts[place], ()) is None:
-                return
-            yield
-        rail, rows = roll.rails[place], len(weights)
-        slot, mirror = block.host_slots[rail], block.source_slots[arena.rank]
-        arena.weights(step, arena.rank, slot.rows, rows)[:] = weights
-        record = arena.record(step, Kind.WEIGHTS, rows, nbytes=rows * arena.config.top_k * 4)
-        yield from self._transfer(step, rail, record, slot, mirror, slot.rows, arena.tables(step, rows).weights)
-
-    def _transfer(
-        self, step: Step, peer: int, record: Record, slot: Slot, mirror: Slot, at: int, start: int
-    ) -> Generator[None, None, bool]:
-        """Write `record.nbytes` from `start`, relative to the row at offset `at`, to the same place of the mirror;
-        when that is complete, write the record. False if the peer is lost."""
-        arena, traffic, roll = self._arena, step.traffic, roll_of(step)
-        if record.kind == Kind.COMBINE:
-            traffic.combine_posted = traffic.combine_posted or time.monotonic_ns()
-        else:
-            traffic.dispatch_posted = traffic.dispatch_posted or time.monotonic_ns()
-        own = arena.memory.address(arena.rank)
-        outbox, inbox = slot.outbox + RECORD_BYTES * record.kind, mirror.inbox + RECORD_BYTES * record.kind
-        place = arena.memory.position(arena.rank, outbox)
-        used = (step.channel, step.parity, peer)
-        if used in self._dirty and record.kind == Kind.DISPATCH:
-            arena.memory.bytes[place : place + RECORD_BYTES] = withdrawn(step.number)
-            if not (yield from self._write(roll, peer, own + outbox, inbox, RECORD_BYTES)):
-                return False
-            self._dirty.discard(used)
-        if record.nbytes and not (
-            yield from self._write(roll, peer, own + at + start, mirror.rows + start, record.nbytes)
-        ):
-            return False
-        arena.memory.bytes[place : place + RECORD_BYTES] = record.pack()
-        if not (yield from self._write(roll, peer, own + outbox, inbox, RECORD_BYTES)):
-            return False
-        traffic.wire_bytes += record.nbytes + RECORD_BYTES
-        return True
-
-    def _write(self, roll: Roll, peer: int, source: int, target: int, nbytes: int) -> Generator[None, None, bool]:
-        """One engine write to an offset of a peer's region, until it is applied there. False if the peer is lost; one
-        that cannot be written to is accused."""
-        remote = self._peers[peer]
-        started = checked = time.monotonic()
-        try:
-            batch = self._engine.submit_write(remote.engine, source, remote.address + target, nbytes)
-            while not self._engine.is_done(batch, remote.engine):
-                now = time.monotonic()
-                if now - checked >= CHECK_EVERY_S:
-                    checked = now
-                    if self._lookout.lost(roll, peer):
-                        return False
-                    if now - started > _WRITE_SHARE * self._timeout:
-                        raise EngineError(f"a write of {nbytes} bytes did not end within {now - started:.1f} s")
-                yield
-        except EngineError as error:
-            self._lookout.accuse(roll, peer, f"{remote.engine} could not be written to: {error}")
-            return False
-        return True

@@ -218,11 +218,11 @@ def store_url(member: Member) -> str:
 
 
 def watcher_pid(member: Member) -> int:
-    return member._watcher_pid
+    return member.watcher_pid
 
 
 def watcher_address(member: Member) -> str:
-    return member._watcher_address
+    return member._line.watcher_address
 
 
 def rejoin(member: Member) -> tuple[int, int]:

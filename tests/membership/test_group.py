@@ -106,7 +106,7 @@ def test_who_does_not_fit_is_refused_and_the_group_does_not_notice(url: str) -> 
         with pytest.raises(Refused, match="slot 2 does not exist"):
             group.join("host-0", rank=2, charter={"hidden_size": 512}).ready()
         assert [rank.call(m.active) for rank in group.members] == [(1, (0, 1))] * 2
-        other = Process(m.join, MemberOptions(url, group="nobody", timeout_s=5))
+        other = Process(m.join, MemberOptions(url, group="nobody", timeout_s=20))
         with pytest.raises(Refused, match="knows no group 'nobody'"):
             other.ready()
 
