@@ -355,9 +355,10 @@ class Group:
 
 
 def _kill(pid: int, word: str) -> None:
-    """Kill a process if the word is on its command line: its number may be another one's by now."""
+    """Kill a process if a word of its command line begins so: its number may be another one's by now."""
     with contextlib.suppress(OSError):
-        if word.encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        if any(given.startswith(word.encode()) for given in words):
             os.kill(pid, signal.SIGKILL)
 
 
