@@ -164,6 +164,17 @@ class Engine:
                 cls._shared[key] = cls(*key)
             return cls._shared[key]
 
+    @classmethod
+    def around(cls, engine: Any, address: str, protocol: str) -> Engine:
+        """One that somebody else has made and initialised with "P2PHANDSHAKE", and that outlives this. address: of this
+        machine. Raises EngineError if it has not been initialised."""
+        port = engine.get_rpc_port()
+        if port <= 0:
+            raise EngineError(f"the Transfer Engine that was given has port {port}; call its initialize() first")
+        made = cls.__new__(cls)
+        made._engine, made.protocol, made.name = engine, protocol, f"{address}:{port}"
+        return made
+
     def _check_rdma(self) -> None:
         topology = json.loads(self._engine.get_local_topology() or "{}")
         if not any(names for lists in topology.values() for names in lists):
