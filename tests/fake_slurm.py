@@ -1,7 +1,7 @@
 """A stand-in for a Slurm cluster with docker on every node, on one machine: sbatch, srun, scontrol, getent, docker.
 
 `Cluster` makes a folder with these commands, to be put on PATH. Scripts run as they are, as processes. A node is a name
-and a loopback address (node2 is 127.0.1.2), so that every node can use the same ports. A container is a process in a
+and a loopback address (node2 is 127.X.Y.2), so that every node can use the same ports. A container is a process in a
 session of its own which only `docker` ends, as with the real one: it outlives the command that started it. Inside,
 `python3 -m sglang...` and `etcd` are small servers without a model (serving_stand_in.py), and they say so.
 """
@@ -45,6 +45,8 @@ class Cluster:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        # Of this process, so that tests which run at the same time on this machine do not meet.
+        self.net = f"127.{1 + os.getpid() // 250 % 250}.{os.getpid() % 250}"
         for name, tools in (("bin", TOOLS), ("inside", INSIDE)):
             (folder / name).mkdir(parents=True)
             for tool in tools:
@@ -55,7 +57,7 @@ class Cluster:
 
     def environment(self, given: Mapping[str, str]) -> dict[str, str]:
         path = f"{self.folder / 'bin'}:{os.environ['PATH']}"
-        return {**os.environ, "PATH": path, "FAKE_SLURM": str(self.folder), **given}
+        return {**os.environ, "PATH": path, "FAKE_SLURM": str(self.folder), "FAKE_NET": self.net, **given}
 
     def submit(self, recipe: Path, nodes: int, given: Mapping[str, str]) -> subprocess.Popen[str]:
         """sbatch of the recipe's script; the process ends when the job does, with its code."""
@@ -127,7 +129,8 @@ def scontrol(words: list[str]) -> int:
 def getent(words: list[str]) -> int:
     database, node = words
     assert database == "ahostsv4", words
-    print("\n".join(f"127.0.1.{node.removeprefix('node')}  {kind} {node}" for kind in ("STREAM", "DGRAM", "RAW")))
+    address = f"{os.environ['FAKE_NET']}.{node.removeprefix('node')}"
+    print("\n".join(f"{address}  {kind} {node}" for kind in ("STREAM", "DGRAM", "RAW")))
     return 0
 
 
@@ -221,6 +224,8 @@ def _values(words: list[str]) -> Iterator[tuple[str, str]]:
 
 def python3(words: list[str]) -> int:
     """What `python3 -m MODULE` is in the image. FAKE_PREFILL, FAKE_DECODE: more options of the stand-in."""
+    if words[0] == "-c":  # whether the image has a package
+        return int(any(word == os.environ.get("FAKE_LACKS") for word in words[2:]))
     module, options = words[1], dict(_values(words))
     if module == "sglang.benchmark.serving":
         script, more = "serving_client_stand_in.py", words[2:]
@@ -229,7 +234,7 @@ def python3(words: list[str]) -> int:
         assert module == ("sglang_router.launch_router" if mode == "router" else "sglang.launch_server"), words
         script, more = "serving_stand_in.py", ["--host", options["--host"], "--port", options["--port"], "--mode", mode]
         more += os.environ.get(f"FAKE_{mode.upper()}", "").split()
-    os.execv(sys.executable, [sys.executable, str(HERE.parent / script), *more])
+    return os.execv(sys.executable, [sys.executable, str(HERE.parent / script), *more])
 
 
 def etcd(words: list[str]) -> int:

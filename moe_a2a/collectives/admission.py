@@ -137,16 +137,21 @@ class Admission:
                 view = member.leave(view.incarnations(leaving))
         except (ExcludedFromView, StoreAway) as error:
             return self._rejected(str(error))
-        member.settle(view.epoch, _SETTLE_S)
+        hosts = [slot.endpoint.host for rank in leaving if (slot := view.slots[rank]).endpoint is not None]
+        member.settle(view.epoch, _SETTLE_S, hosts)
         return Proposal(Outcome.APPLIED, view.epoch)
 
-    def revive(self) -> None:
+    def revive(self) -> bool:
         """For a process that has taken a slot and waits: if all ranks of the group are gone, it goes on with this one.
-        The first of several that come back activates itself, and may then activate the others. Raises StoreAway."""
+        The first of several that come back activates itself, and may then activate the others. Returns whether this
+        one was the first. Raises StoreAway."""
         member = self._member_of()
-        if member is not None and not member.view.ranks:
-            with contextlib.suppress(ExcludedFromView, JoinRefused):  # another one was first
-                member.activate({member.rank: member.incarnation}, (0,) * len(member.view.channels))
+        if member is None or member.view.ranks:
+            return False
+        with contextlib.suppress(ExcludedFromView, JoinRefused):  # another one was first
+            member.activate({member.rank: member.incarnation}, (0,) * len(member.view.channels))
+            return True
+        return False
 
     def _refusal(self, member: Member | None, ranks: Sequence[int]) -> str:
         """Why this process cannot propose anything about these slots; "" if it can."""

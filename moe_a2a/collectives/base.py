@@ -151,7 +151,7 @@ def enter(store: TorchStore | None, rank: int, options: Options, timeout_s: floa
         facts = decode_json(data, _FACTS_BYTES, "the facts of a group")
         slots, several = number(facts, "slots", 1, 64), facts.get("several_hosts") is True
         hosts = {slot_host(member.view, other) for other in member.view.ranks}
-        if not several and hosts != {member.host}:
+        if not several and hosts - {member.host}:  # nobody may be left
             raise JoinRefused(
                 f"the group was founded on one host, {', '.join(sorted(hosts))}, and this process is on {member.host}; "
                 "a group that is to span hosts has to be founded on two of them"

@@ -26,14 +26,17 @@ Words = npt.NDArray[np.uint64]
 _WITHDRAWN = 1 << 63
 _SEED = 0x6D6F655F61326131
 _MASK = (1 << 64) - 1
+#: How long a rank that cannot be written to may be on its way out of the view.
+_NEWS_S = 0.5
 
 
 class Lost(Exception):
-    """Ranks that an operation cannot do without. Ends it."""
+    """Ranks that an operation cannot do without. Ends it. gone: they failed, and have not just gone on without this
+    rank."""
 
-    def __init__(self, ranks: Iterable[int], why: str) -> None:
+    def __init__(self, ranks: Iterable[int], why: str, gone: bool = True) -> None:
         super().__init__(why)
-        self.ranks = tuple(sorted(ranks))
+        self.ranks, self.gone = tuple(sorted(ranks)), gone
 
 
 @dataclass(frozen=True)
@@ -151,30 +154,28 @@ class Board:
 
     def push(self, roll: Roll, parts: Sequence[tuple[int, int, int]]) -> Steps:
         """Write (rank, offset, nbytes) of what this rank publishes to ranks of other hosts, until all of it is there.
-        Raises Lost."""
-        base, open_writes = self.base, []
+        Raises Lost. What a rank that has left in order does not take any more is not missed."""
+        base, writes = self.base, []
         engine = base.engine
-        if not parts:
-            return
-        assert engine is not None  # of every group that has peers on other hosts
-        started = time.monotonic()
         failed: dict[int, str] = {}
         for rank, offset, nbytes in parts:
-            remote = base.peers[rank]
-            if not nbytes or rank in failed:
-                continue
-            target = remote.address + base.layout.mirror(base.rank) + offset
-            try:
-                batch = engine.submit_write(remote.engine, base.memory.address(base.rank, offset), target, nbytes)
-                open_writes.append((rank, batch))
-            except EngineError as error:
-                failed[rank] = str(error)
-        while open_writes:
+            if nbytes and rank not in failed:
+                assert engine is not None  # of every group that has peers on other hosts
+                remote = base.peers[rank]
+                target = remote.address + base.layout.mirror(base.rank) + offset
+                try:
+                    source = base.memory.address(base.rank, offset)
+                    writes.append((rank, engine.submit_write(remote.engine, source, target, nbytes)))
+                except EngineError as error:
+                    failed[rank] = str(error)
+        started = time.monotonic()
+        while writes:
             still = []
-            for rank, batch in open_writes:
+            for rank, batch in writes:
+                assert engine is not None
                 try:
                     if not engine.is_done(batch, base.peers[rank].engine):
-                        if self._roster.lost(roll, rank):
+                        if self._roster.gone(roll, rank):
                             failed[rank] = "it is gone"
                         elif time.monotonic() - started > self._budget:
                             failed[rank] = f"a write did not end within {self._budget:g} s"
@@ -182,13 +183,18 @@ class Board:
                             still.append((rank, batch))
                 except EngineError as error:
                     failed[rank] = str(error)
-            open_writes = still
-            if open_writes:
+            writes = still
+            if writes:
                 yield
-        if failed:
-            why = "; ".join(f"rank {rank}: {text}" for rank, text in failed.items())
-            self._roster.accuse(roll, failed, f"cannot be written to: {why}")
-            raise Lost(failed, f"ranks of other hosts could not be written to ({why})")
+        # One that has just left has closed its memory, and word of it may still be under way.
+        started = time.monotonic()
+        while any(not self._roster.gone(roll, rank) for rank in failed) and time.monotonic() - started < _NEWS_S:
+            yield
+        lost = {rank: why for rank, why in failed.items() if not self._roster.left(roll, rank)}
+        if lost:
+            why = "; ".join(f"rank {rank}: {text}" for rank, text in lost.items())
+            self._roster.accuse(roll, lost, f"cannot be written to: {why}")
+            raise Lost(lost, f"ranks of other hosts could not be written to ({why})")
 
     def push_entry(self, roll: Roll, places: Places, turn: int) -> Steps:
         offset = self.base.layout.entry(turn)

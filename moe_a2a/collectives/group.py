@@ -42,6 +42,10 @@ class Group:
         self._number: int | None = 1 if base.member is None or base.founded else None
         self._unsure = 0
 
+    def lead(self) -> None:
+        """There is nobody to learn the number of the next operation from: those who come later learn this one's."""
+        self._number = 1
+
     # beginning
 
     def collective(
@@ -103,7 +107,7 @@ class Group:
                 if time.monotonic() > deadline:
                     raise MoeA2AError(f"nobody sent anything within {self.message_s:g} s")
                 yield
-                if self.roster.changed:
+                if self.roster.changed(roll):
                     roll = yield from self._take_roll(deadline)
             yield from self._letters.receive(roll, source, data, dtype, tag, self.message_s)
             work.came_from(source)
@@ -121,15 +125,17 @@ class Group:
         budget_s: float,
     ) -> Steps:
         roll: Roll | None = None
+        gone: tuple[int, ...] = ()
         failure: tuple[MoeA2AError, tuple[int, ...]] | None = None
         try:
             deadline = time.monotonic() + budget_s
+            begun: set[int] = set()
             while True:
                 roll = yield from self._take_roll(deadline)
                 if self._number is None:
                     self._number = yield from self._find_number(roll, deadline)
                     continue  # the view may have changed meanwhile
-                work.epoch = roll.epoch
+                work.epoch, work.ranks = roll.epoch, roll.ranks
                 call = Call(
                     self._board,
                     self.roster,
@@ -139,16 +145,19 @@ class Group:
                     signature,
                     budget_s,
                     not self._unsure,
+                    frozenset(begun),
                 )
                 try:
                     yield from body(call)
                     break
-                except Moved:
+                except Moved as moved:
+                    begun.update(moved.begun)
                     self._unsure = _UNSURE
             if after is not None:
                 after()
         except Lost as lost:
             failure = RankLost(f"{work.name}: {lost}", lost.ranks), lost.ranks
+            gone = lost.ranks if lost.gone else ()
         except MoeA2AError as error:
             failure = error, ()
         except Exception as error:  # nothing may keep the operations behind this one from running
@@ -162,12 +171,11 @@ class Group:
             self._unsure = max(0, self._unsure - 1)
             self._board.finish(number)
         else:
-            ranks = failure[1]
             self._unsure = _UNSURE
-            self._board.finish(number, True, sum(1 << rank for rank in ranks))
+            self._board.finish(number, True, sum(1 << rank for rank in gone))
             if roll is not None and self._places is not None and self._places[0] is roll:
                 yield from self._board.push_status(roll, self._places[1])
-                yield from self._reconcile(roll, ranks)
+                yield from self._reconcile(roll, gone)
         work.end(*(failure or (None, ())))
 
     def _message(
@@ -180,7 +188,7 @@ class Group:
         failure: tuple[MoeA2AError, tuple[int, ...]] | None = None
         try:
             roll = yield from self._take_roll(time.monotonic() + self.message_s)
-            work.epoch = roll.epoch
+            work.epoch, work.ranks = roll.epoch, roll.ranks
             for rank in ranks:
                 if rank not in roll.incarnations:
                     raise Lost([rank], f"rank {rank} takes no part in epoch {roll.epoch}")
@@ -224,7 +232,7 @@ class Group:
             if time.monotonic() > deadline:
                 raise Lost((), "no rank of the group has called anything since this one joined it")
             yield
-            if self.roster.changed:
+            if self.roster.changed(roll):
                 return None
         return number
 

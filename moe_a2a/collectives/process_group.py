@@ -118,7 +118,8 @@ class ProcessGroupMoeA2A(TorchCalls):
         waiting, self._group = self._group, self._of(base)
         try:
             assert base.member is not None
-            self._admission.revive()
+            if self._admission.revive():
+                self._group.lead()
             base.member.wait_active(patience)
         except BaseException:
             self._group.close()

@@ -13,15 +13,18 @@ from moe_a2a.membership.view import State, View
 
 @dataclass(frozen=True)
 class Roll:
-    """Who takes part in an operation. digest: 31 bits that stand for it."""
+    """Who takes part in an operation. sequence: of the page that the view was read from. digest: 31 bits that stand for
+    who takes part."""
 
     epoch: int
     incarnations: Mapping[int, int]
+    sequence: int
     digest: int
 
     @classmethod
-    def of(cls, epoch: int, incarnations: Mapping[int, int]) -> Roll:
-        return cls(epoch, incarnations, zlib.crc32(repr(sorted(incarnations.items())).encode()) & 0x7FFFFFFF)
+    def of(cls, epoch: int, incarnations: Mapping[int, int], sequence: int) -> Roll:
+        digest = zlib.crc32(repr(sorted(incarnations.items())).encode()) & 0x7FFFFFFF
+        return cls(epoch, incarnations, sequence, digest)
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -41,18 +44,16 @@ class Roster:
         self._holds, self._framework = options.on_failure != "reconcile", options.on_failure == "framework"
         #: (rank, incarnation) that missed a budget here.
         self.suspects: set[tuple[int, int]] = set()
-        self._sequence = -1
-        self._roll = Roll.of(0, {base.rank: base.incarnation})
+        self._roll = Roll.of(0, {base.rank: base.incarnation}, -1)
 
     @property
     def view(self) -> View | None:
         return self.base.member.view if self.base.member is not None else None
 
-    @property
-    def changed(self) -> bool:
-        """Whether there is a view that `roll` has not seen."""
+    def changed(self, roll: Roll) -> bool:
+        """Whether there is a view that a roll knows nothing of."""
         member = self.base.member
-        return member is not None and member.page.sequence != self._sequence
+        return member is not None and member.page.sequence != roll.sequence
 
     def roll(self) -> Roll:
         """Of the newest view. Raises ExcludedFromView if this process takes no part."""
@@ -60,22 +61,23 @@ class Roster:
         if member is None:
             return self._roll
         sequence = member.page.sequence
-        if sequence != self._sequence:
+        if sequence != self._roll.sequence:
             member.check()
             view = member.view
             taking = view.incarnations(view.ranks)
             if self._holds:
                 taking = {**self._held(view), **taking}
-            self._roll, self._sequence = Roll.of(view.epoch, taking), sequence
+            self._roll = Roll.of(view.epoch, taking, sequence)
         return self._roll
 
     def sync(self) -> Roll:
         """Go by the newest view, without the ranks that failed."""
         member = self.base.member
         if member is not None:
+            sequence = member.page.sequence
             member.check()
             view = member.view
-            self._roll, self._sequence = Roll.of(view.epoch, view.incarnations(view.ranks)), -1
+            self._roll = Roll.of(view.epoch, view.incarnations(view.ranks), sequence)
         return self._roll
 
     def _held(self, view: View) -> dict[int, int]:
@@ -98,12 +100,16 @@ class Roster:
         slot = member.view.slots[rank]
         return slot.incarnation != incarnation or slot.state is State.FAILED
 
+    def left(self, roll: Roll, rank: int) -> bool:
+        """Whether it has left in order."""
+        member = self.base.member
+        if member is None or member.page.takes_part(rank, roll.incarnations[rank]):
+            return False
+        return not self.lost(roll, rank)
+
     def gone(self, roll: Roll, rank: int) -> bool:
         """Whether it is lost or has left in order."""
-        member = self.base.member
-        return member is not None and (
-            self.lost(roll, rank) or not member.page.takes_part(rank, roll.incarnations[rank])
-        )
+        return self.lost(roll, rank) or self.left(roll, rank)
 
     def accuse(self, roll: Roll, ranks: Iterable[int], evidence: str) -> None:
         """Take ranks for lost from now on, and tell the group; with on_failure="framework" others do that."""

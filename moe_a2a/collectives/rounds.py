@@ -33,14 +33,19 @@ _REASON_S = 1.0
 
 
 class Moved(Exception):
-    """The view has changed before the operation began: begin again."""
+    """The view has changed before the operation began: begin again. begun: ranks that had entered it."""
+
+    def __init__(self, begun: Collection[int]) -> None:
+        super().__init__()
+        self.begun = begun
 
 
 class Call:
     """One operation in one view.
 
     number: of the operation, the same on all ranks. roll: who takes part. sure: whether all ranks are known to have
-    finished the operations before, so that their data may be overwritten without a word to other hosts.
+    finished the operations before, so that their data may be overwritten without a word to other hosts. begun: ranks of
+    which this one knows that they have entered it in an earlier view; those of other hosts may have ended it.
     """
 
     def __init__(
@@ -53,9 +58,11 @@ class Call:
         signature: Signature,
         budget_s: float,
         sure: bool,
+        begun: Collection[int],
     ) -> None:
         self.board, self._roster, self._places, self.roll = board, roster, places, roll
         self.number, self._signature, self._budget, self._sure = number, signature, budget_s, sure
+        self._begun = begun
         self.ranks, self.me = roll.ranks, board.base.rank
         self.layout = board.base.layout
         self._round = -1
@@ -151,7 +158,7 @@ class Call:
         stood = self.board.words[self._places.stamps[self._turn]] == np.uint64(self._stamp)
         if not stood.all():
             late = [rank for rank, stands in zip(self.others, stood, strict=True) if not stands]
-            raise Lost(late, f"{named(late)} went on before this rank had read")
+            raise Lost(late, f"{named(late)} went on before this rank had read", gone=False)
 
     # waiting
 
@@ -168,7 +175,7 @@ class Call:
             checked = now
             if entering:
                 self._compare()
-                if self._round == 0 and self._roster.changed:
+                if self._round == 0 and self._roster.changed(self.roll):
                     if self._may_have_begun():
                         entering = False  # then what the new view says is for the next operation
                         continue
@@ -187,10 +194,14 @@ class Call:
             for rank, status in zip(self.others, statuses, strict=True):
                 if status is not None:
                     self._heed(rank, status, rank in waiting, now)
+            later = [rank for rank in waiting if self._is_later(rank)]
+            if later:
+                raise Lost(later, f"{named(later)} went on without this rank", gone=False)
             if now - started > self._budget:
                 evidence = f"{self._signature}{what}: sent nothing within {self._budget:g} s"
-                self._roster.accuse(self.roll, waiting, evidence)
-                raise Lost(waiting, f"{named(waiting)} did not come within {self._budget:g} s")
+                silent = [rank for rank in waiting if rank not in self._begun]
+                self._roster.accuse(self.roll, silent, evidence)
+                raise Lost(silent or waiting, f"{named(waiting)} did not come within {self._budget:g} s", bool(silent))
 
     def _heed(self, rank: int, status: Status, waiting: bool, now: float) -> None:
         """Raise what another rank's status means for this operation, if anything."""
@@ -204,7 +215,17 @@ class Call:
                 raise MoeA2AError(f"{self._signature}: rank {rank} gave up this operation; its own error says why")
         elif waiting and status.finished >= self.number:
             later = status.failed > self.number and status.mask
-            raise Lost(_ranks(status.mask) if later else (rank,), f"rank {rank} went on without this rank")
+            ranks = _ranks(status.mask) if later else (rank,)
+            raise Lost(ranks, f"rank {rank} went on without this rank", gone=bool(later))
+
+    def _is_later(self, rank: int) -> bool:
+        """Whether a rank has entered a later operation in this view, or in one after it."""
+        at = self._places.others.index(rank)
+        for turn in (0, 1):
+            stamp, epoch, *_ = self.board.words[self._places.entries[turn][at]].tolist()
+            if stamp < 1 << 63 and stamp >> _ROUND_BITS > self.number and epoch >= self.roll.epoch:
+                return True
+        return False
 
     def _compare(self) -> None:
         """Raise InputError if a rank calls something else."""
@@ -232,7 +253,8 @@ class Call:
             raise Lost(failed, f"{named(failed)} failed")
         if roll.epoch == self.roll.epoch:
             raise MoeA2AError(f"the view of epoch {roll.epoch} changed without a new number")
-        raise Moved
+        entries = self.board.words[self._places.stamps[self._turn]].tolist()
+        raise Moved([rank for rank, stamp in zip(self.others, entries, strict=True) if stamp == self._stamp])
 
 
 def entered(board: Board, places: Places, epoch: int) -> int | None:

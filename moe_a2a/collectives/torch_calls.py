@@ -312,7 +312,8 @@ class TorchCalls(dist.ProcessGroup):
                 yield
             failed = next((work for work in works if not work.succeeded), None)
             ranks = {rank for work in works for rank in work.failed_ranks}
-            whole.epoch = max((work.epoch for work in works), default=0)
+            if works:
+                whole.epoch, whole.ranks = works[-1].epoch, works[-1].ranks
             whole.end(failed.exception() if failed else None, tuple(sorted(ranks)))
 
         self._group.driver.begin(("together", next(self._numbers)), whole, steps(), True)

@@ -18,13 +18,14 @@ Drive = Callable[["CollectiveWork", "float | None"], bool]
 class CollectiveWork(torch.distributed.Work):
     """One operation of a group. Ends exactly once, right or failed.
 
-    failed_ranks: the ranks (slots) because of which it failed, as this rank sees it: evidence, no verdict. epoch: of
-    the view that it ran in.
+    failed_ranks: the ranks (slots) because of which it failed, as this rank sees it: evidence, no verdict. epoch,
+    ranks: of the view that it ran in, and who took part in that.
     """
 
     def __init__(self, name: object, result: list[torch.Tensor], drive: Drive, raises: bool) -> None:
         super().__init__()
         self._name, self.epoch = name, 0
+        self.ranks: tuple[int, ...] = ()
         self.failed_ranks: tuple[int, ...] = ()
         self._result, self._drive, self._raises = result, drive, raises
         #: Set by those who need them: slots of the group; called before it ends, by whoever drives it.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -165,17 +165,19 @@ class Member:
         self._ask("strike", ranks=[list(pair) for pair in ranks.items()])
         return self.view
 
-    def settle(self, epoch: int, timeout_s: float) -> bool:
-        """Wait until every rank's page has a view of at least this epoch, which this member has seen. Returns False if
-        a host's watcher has not said so in time; it may be gone."""
+    def settle(self, epoch: int, timeout_s: float, leavers: Iterable[str] = ()) -> bool:
+        """Wait until every rank's page has a view of at least this epoch, which this member has seen. leavers: hosts
+        whose ranks that view may be without, and that are to have it nevertheless. Returns False if a host's watcher
+        has not said so in time; it may be gone."""
         deadline = time.monotonic() + timeout_s
-        for host in self.view.watchers().keys() - {self.host}:
+        leavers = set(leavers)
+        for host in (self.view.watchers().keys() | leavers) - {self.host}:
             while True:
                 with contextlib.suppress(StoreAway):
                     said = self.lookup(applied_name(host))
                     if said is not None and said.isdigit() and int(said) >= epoch:
                         break
-                if host not in self.view.watchers():
+                if host not in self.view.watchers() and host not in leavers:
                     break
                 if time.monotonic() > deadline:
                     return False

@@ -151,7 +151,8 @@ class Watcher:
             self._tell(addresses, view)
         for rank in list(self._ranks.values()):
             rank.send({"epoch": view.epoch})
-        if len(view.watchers()) > 1:  # others may wait for this (`Member.settle`)
+        hosts = view.watchers().keys() | (before.watchers().keys() if before is not None else set())
+        if hosts - {self.settings.host}:  # they may wait for this (`Member.settle`)
             name, said = applied_name(self.settings.host), str(view.epoch).encode()
             self.link.submit(lambda store: store.put(name, said), lambda _, error: None)
         if self.channel is not None:

@@ -62,6 +62,11 @@ class Job:
     def maker(self) -> str:
         return memory.gpu_memory(self.gpu)[1]
 
+    @property
+    def served(self) -> str | None:
+        """Who serves experts; None for tensor parallelism."""
+        return (self.experts.served_by or "moe-a2a") if self.experts else None
+
     def gpus_of(self, settings: Settings) -> int:
         usual = min(settings.model.gpus or self.gpus_per_node, self.gpus_per_node)
         return self.gpus_per_node if self.experts and not self.gpus else self.gpus or usual
@@ -77,7 +82,9 @@ def render(job: Job) -> dict[str, str]:
         NODE: (_FILES / NODE).read_text(),
         "settings.sh": _settings(job, placed),
         "Dockerfile": dockerfile(job.settings[0].release.version, job.maker),
-        "README.md": readme(job.settings, plans, [name_of(settings.model) for settings in job.settings], job.maker),
+        "README.md": readme(
+            job.settings, plans, [name_of(settings.model) for settings in job.settings], job.maker, job.served
+        ),
     }
 
 
@@ -147,6 +154,8 @@ def _settings(job: Job, plans: Sequence[Plan]) -> str:
         f"PREFILL_PORT={prefill.port} DECODE_PORT={decode.port} BOOTSTRAP_PORT={prefill.ports['bootstrap']}",
         f"ROUTER_PORT={job.given.router}",
         f"DEVICES=({quoting.line(devices)})",
+        # Without this package the flag of --ep moe-a2a would be Mooncake's own EP.
+        f"REQUIRES=({'moe_a2a' if job.served == 'moe-a2a' else ''})",
         f"PROOF={quoting.word(json.dumps(servers.GENERATE))}",
         "",
         "set_model() {",

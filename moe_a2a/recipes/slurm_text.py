@@ -12,8 +12,8 @@ _TEXT = """\
 
 One node for the proxy (etcd, the router, SGLang's serving benchmark), xP nodes with a prefill server each and yD nodes
 with a decode server each. A request goes to the router, which picks one of each; the prefill server sends the request's
-KV cache to the decode server, GPU to GPU, and nothing else crosses between them.{ep}
-
+KV cache to the decode server, GPU to GPU, and nothing else crosses between them.
+{ep}
     {diagram}
 
 Models: {models}.
@@ -67,8 +67,13 @@ etcd listen on the nodes' addresses and authenticate nobody: the network must be
 {notes}"""
 
 _EP = """
-Each server is an EP group of its own: experts are shared by its GPUs with `--moe-a2a-backend mooncake`, and no expert
-row leaves the node."""
+Each server is an EP group of its own: its GPUs share the experts, with `--moe-a2a-backend mooncake`, and no expert row
+leaves the node. {served}
+"""
+_SERVED = {
+    "moe-a2a": "That runs on moe-a2a, which the image must have: a node looks for it first and stops without it.",
+    "mooncake": "That runs on Mooncake's own EP (`MOE_A2A_SGLANG=0`).",
+}
 
 _AMD = """
 AMD GPUs: prefill and decode apart only. `--moe-a2a-backend mooncake` needs NVIDIA GPUs, with moe-a2a and with
@@ -80,16 +85,17 @@ client, benchmark ──> router (NODE0) ──> prefill (NODE1..xP) ══ KV c
                                     └──────────────────────────────────────────^"""
 
 
-def readme(settings: Sequence[Settings], plans: Sequence[Plan], names: Sequence[str], maker: str) -> str:
-    """settings, plans and names: of each model, the default first."""
+def readme(
+    settings: Sequence[Settings], plans: Sequence[Plan], names: Sequence[str], maker: str, served: str | None
+) -> str:
+    """settings, plans and names: of each model, the default first. served: who serves experts."""
     first = settings[0]
-    experts = plans[0].name == "ep"
     local = all(one.model.is_local for one in settings)
     gpus = [plan.of("prefill")[0].place.gpus for plan in plans]
     models = [f"`{name}` ({n} {'GPU' if n == 1 else 'GPUs'} a server)" for name, n in zip(names, gpus, strict=True)]
     return _TEXT.format(
-        title=f"xPyD on Slurm: SGLang {first.release.version}" + (", with expert parallelism" if experts else ""),
-        ep=_EP.replace("\n", " ", 1) if experts else "",
+        title=f"xPyD on Slurm: SGLang {first.release.version}" + (", with expert parallelism" if served else ""),
+        ep=_EP.format(served=_SERVED[served]) if served else "",
         diagram=_DIAGRAM.replace("\n", "\n    "),
         models=", ".join(models),
         model=names[0],

@@ -166,13 +166,10 @@ class Engine:
 
     @classmethod
     def around(cls, engine: Any, address: str, protocol: str) -> Engine:
-        """One that somebody else has made and initialised with "P2PHANDSHAKE", and that outlives this. address: of this
-        machine. Raises EngineError if it has not been initialised."""
-        port = engine.get_rpc_port()
-        if port <= 0:
-            raise EngineError(f"the Transfer Engine that was given has port {port}; call its initialize() first")
+        """One that somebody else has made and initialised with "P2PHANDSHAKE", and that outlives this. (One that is not
+        initialised ends the process when it is asked for its port.) address: of this machine."""
         made = cls.__new__(cls)
-        made._engine, made.protocol, made.name = engine, protocol, f"{address}:{port}"
+        made._engine, made.protocol, made.name = engine, protocol, f"{address}:{engine.get_rpc_port()}"
         return made
 
     def _check_rdma(self) -> None:

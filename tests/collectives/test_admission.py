@@ -124,21 +124,21 @@ def _revive(ctx: Ctx) -> Any:
     ctx.store.wait(["address"])
     member: Member | None = None
     admission = Admission(SLOTS, 20.0, lambda: member)
-    admission.revive()
+    assert not admission.revive()
     if ctx.rank == 1:
         member = come(ctx, 1)
-        admission.revive()
+        assert not admission.revive()
         assert member.view.slots[1].state is State.READY, "there is somebody who can activate it"
         ctx.store.set("go on", "1")
         member.wait(lambda view: not view.ranks)
-        admission.revive()
+        assert admission.revive()
         assert member.wait_active().ranks == (1,)
         ctx.store.set("revived", "1")
         assert admission.activate([0]).outcome is Outcome.APPLIED
     else:
         ctx.store.wait(["revived"])
         member = come(ctx, 0)
-        admission.revive()
+        assert not admission.revive()
         assert member.wait_active().ranks == (0, 1)
     ctx.store.set(f"end/{ctx.rank}", "1")
     ctx.store.wait(["end/1", "end/2"])

@@ -13,7 +13,7 @@ from collective_steps import CHUNK, FLOATS, INTEGERS, kept, made, strided
 from elastic_steps import new_group
 from ranks import Ctx, RankPool, host_labels
 
-WORLDS = [(2, 1), (3, 1), (4, 1), (4, 2), (3, 3)]
+WORLDS = [(3, 1), (4, 2)]
 #: Nothing, one, some that do not divide by anything, several rounds.
 SHAPES = [(0,), (), (5, 3), (3 * CHUNK // 4 + 1,)]
 

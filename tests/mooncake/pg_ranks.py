@@ -35,6 +35,7 @@ def _run(ctx: Ctx, url: str, fn: Callable[..., Any], *args: Any) -> Any:
 
 
 def init(ctx: Ctx, options: pg.MooncakeBackendOptions | None, size: int, **more: Any) -> None:
+    os.environ["MOE_A2A_HOST"] = ctx.host
     dist.init_process_group(
         "mooncake-cpu",
         store=dist.PrefixStore("torch", ctx.store),

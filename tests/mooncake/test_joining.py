@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -163,6 +164,30 @@ def test_a_process_that_was_cut_off_comes_back_in_place():
     run(_cut_off, 2)
 
 
+def _joined() -> bool:
+    with contextlib.suppress(JoinRefused):
+        pg.join_group(world())
+        return True
+    return False
+
+
+def _nobody_left(ctx: Ctx) -> None:
+    if ctx.rank == 0:
+        init(ctx, pg.MooncakeBackendOptions(2), 1)
+        assert total(1.0) == 1
+        ctx.store.set("address", "known")
+        os.kill(os.getpid(), signal.SIGKILL)
+    ctx.store.wait(["address"])
+    init(ctx, pg.MooncakeBackendOptions(2, True), 1, rank=0)
+    until(_joined)  # refused while the watcher has not seen that the slot's process is gone
+    assert total(4.0) == 4 and pg.get_active_ranks(world()).tolist() == [1, 0]
+    dist.destroy_process_group()
+
+
+def test_a_group_that_nobody_is_left_in_goes_on_with_who_comes_back():
+    run(_nobody_left, 2, dies=[0])
+
+
 def _refused(ctx: Ctx) -> None:
     if ctx.rank < 2:
         pg.set_fault_reconciliation_window_us(300_000)
@@ -183,6 +208,7 @@ def _refused(ctx: Ctx) -> None:
         init(ctx, pg.MooncakeBackendOptions(3, True), 3, rank=1)
         with pytest.raises(JoinRefused, match="slot 1 is taken by a live rank"):
             pg.join_group(world())
+        assert total(1.0) == 1 and pg.get_active_ranks(world()).tolist() == [0, 1, 0], "it is alone, as before"
     if ctx.rank == 0:
         ctx.store.set("go", "1")
     if ctx.rank < 2:

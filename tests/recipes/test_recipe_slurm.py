@@ -26,6 +26,7 @@ from moe_a2a.recipes import models
 
 LLAMA = "meta-llama/Llama-3.1-8B-Instruct"
 SLURM = ("slurm", "--sglang", "0.5.20", "--model", LLAMA)
+DEEPSEEK = ("slurm", "--sglang", "0.5.20", "--model", "deepseek-ai/DeepSeek-V3")
 SWEEP = {"BENCHMARK_COMBINATIONS": "8/4", "BENCHMARK_CONCURRENCY_LEVELS": "2 8"}
 
 
@@ -113,7 +114,7 @@ def check_containers(cluster: Cluster) -> None:
     for container in containers:
         assert container["image"] == "image:1"
         assert "nofile=1048576:1048576" in container["flags"] and "secret" not in str(container)
-    for container, address in ((prefill, "127.0.1.2"), (decode, "127.0.1.4")):
+    for container, address in ((prefill, f"{cluster.net}.2"), (decode, f"{cluster.net}.4")):
         assert f"SGLANG_HOST_IP={address}" in container["flags"] and "/dev/infiniband" in container["flags"]
         command = container["command"]
         assert command[command.index("--host") + 1] == address
@@ -121,8 +122,8 @@ def check_containers(cluster: Cluster) -> None:
     command = list(router["command"])
     assert command[command.index("--request-timeout-secs") + 1] == "21600"
     assert command[command.index("--prefill") :] == [
-        *["--prefill", "http://127.0.1.2:30000", "8998"],
-        *["--decode", "http://127.0.1.3:30100", "--decode", "http://127.0.1.4:30100"],
+        *["--prefill", f"http://{cluster.net}.2:30000", "8998"],
+        *["--decode", f"http://{cluster.net}.3:30100", "--decode", f"http://{cluster.net}.4:30100"],
     ]
     seeds = [c["command"][list(c["command"]).index("--seed") + 1] for c in containers if "--seed" in c["command"]]
     assert seeds == ["1", "2"]
@@ -201,6 +202,22 @@ def test_a_node_that_does_not_see_the_folder_is_named(cluster: Cluster, recipe: 
     assert nothing_is_left(cluster)
 
 
+def test_an_image_without_this_package_does_not_serve_experts(cluster: Cluster, tmp_path: Path) -> None:
+    recipe = render(tmp_path / "recipe", *DEEPSEEK, "--ep", "moe-a2a")
+    code, output = Job(cluster, recipe, 3, tmp_path, FAKE_LACKS="moe_a2a").end()
+    assert code == 1 and "image:1 is to have moe_a2a, and looking for it ended with code 1: build it from" in output
+    assert not any("sglang.launch_server" in container["command"] for container in cluster.containers())
+    assert nothing_is_left(cluster)
+
+
+def test_a_job_with_experts_sweeps(cluster: Cluster, tmp_path: Path) -> None:
+    recipe = render(tmp_path / "recipe", *DEEPSEEK, "--ep", "moe-a2a")
+    code, output = Job(cluster, recipe, 3, tmp_path, BENCHMARK_CONCURRENCY_LEVELS="2").end()
+    assert code == 0, output
+    servers = [container for container in cluster.containers() if "sglang.launch_server" in container["command"]]
+    assert [list(server["command"]).count("--moe-a2a-backend") for server in servers] == [1, 1]
+
+
 def test_a_node_without_the_model_is_named(cluster: Cluster, recipe: Path, tmp_path: Path) -> None:
     code, output = Job(cluster, recipe, 3, tmp_path, MODEL_DIR=str(tmp_path / "none")).end()
     assert code == 1 and "every node must have the model" in output and "/none/Llama-3.1-8B-Instruct" in output
@@ -274,13 +291,12 @@ def test_shellcheck_and_hadolint_find_nothing(words: tuple[str, ...], tmp_path: 
 
 
 def test_experts_are_shared_on_nvidia_gpus_only(tmp_path: Path) -> None:
-    deepseek = ("slurm", "--sglang", "0.5.20", "--model", "deepseek-ai/DeepSeek-V3")
-    out = render(tmp_path / "ep", *deepseek, "--ep", "moe-a2a")
+    out = render(tmp_path / "ep", *DEEPSEEK, "--ep", "moe-a2a")
     settings = (out / "settings.sh").read_text()
     assert settings.count("--moe-a2a-backend mooncake") == 2 and "--gpus all" in settings
-    said = refusal(*deepseek, "--ep", "moe-a2a", "--gpu", "mi300x")
+    said = refusal(*DEEPSEEK, "--ep", "moe-a2a", "--gpu", "mi300x")
     assert "--ep with --gpu mi300x" in said and "NVIDIA GPUs" in said
-    out = render(tmp_path / "amd", *deepseek, "--gpu", "mi300x")
+    out = render(tmp_path / "amd", *DEEPSEEK, "--gpu", "mi300x")
     settings = (out / "settings.sh").read_text()
     assert "moe-a2a-backend" not in settings and "/dev/kfd" in settings and "--gpus all" not in settings
     assert "rocm" in (out / "Dockerfile").read_text()

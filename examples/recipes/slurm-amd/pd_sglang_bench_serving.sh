@@ -109,7 +109,13 @@ healthy() {
 # --- Roles ------------------------------------------------------------------------------------------------------------
 
 serve() { # prefill or decode
-    local file=${role}_NODE$rank.log
+    local file=${role}_NODE$rank.log look='import sys; from importlib.util import find_spec
+sys.exit(not all(map(find_spec, sys.argv[1:])))'
+    if ((${#REQUIRES[@]} > 0)); then
+        start image "$file" -- python3 -c "$look" "${REQUIRES[@]}"
+        wait "${started[image]}" || fail "$DOCKER_IMAGE_NAME is to have ${REQUIRES[*]}, and looking for it ended with code" \
+            "$?: build it from this recipe's Dockerfile. $(tail -n 3 "$job/$file" | tr '\n' ' ')"
+    fi
     "${role}_command"
     start "$role" "$file" "${DEVICES[@]}" "${model_access[@]}" "${ENVIRONMENT[@]}" -- "${COMMAND[@]}"
     wait "${started[$role]}"

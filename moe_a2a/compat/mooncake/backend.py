@@ -20,30 +20,31 @@ from moe_a2a.collectives.work import CollectiveWork
 from moe_a2a.compat.mooncake.mirror import Mirror
 from moe_a2a.compat.mooncake.options import MOST_SLOTS, MooncakeBackendOptions, Settings, check_mirror, settings
 from moe_a2a.errors import ConfigError
-from moe_a2a.membership.member import Member
 
 _groups: weakref.WeakSet[MooncakeBackend] = weakref.WeakSet()
 
 
 class MooncakeBackend(ProcessGroupMoeA2A):
-    """mirror: `active_ranks`. Raises ConfigError, and as ProcessGroupMoeA2A."""
+    """tensor: `active_ranks` of the options; mirror keeps it. Raises ConfigError, and as ProcessGroupMoeA2A."""
 
     def __init__(
-        self, store: Any, rank: int, size: int, timeout: timedelta, given: MooncakeBackendOptions, options: Options
+        self,
+        store: Any,
+        rank: int,
+        size: int,
+        timeout: timedelta,
+        options: Options,
+        name: str,
+        tensor: torch.Tensor | None,
     ) -> None:
         slots = options.slots or size
-        tensor = given.active_ranks
         if tensor is None:
             tensor = torch.zeros(slots, dtype=torch.int32)
         check_mirror(tensor, slots)
-        super().__init__(store, rank, size, timeout, options)
+        super().__init__(store, rank, size, timeout, options, name)
         self.mirror = Mirror(tensor, slots, options.on_failure)
         self._show()
         _groups.add(self)
-
-    @property
-    def member(self) -> Member | None:
-        return self._group.base.member
 
     @property
     def admission(self) -> Admission:
@@ -63,8 +64,10 @@ class MooncakeBackend(ProcessGroupMoeA2A):
         member = self.member
         if member is not None and member.refresh().holds(self.rank(), member.incarnation):
             return
-        super().join(self._timeout_s if timeout_s is None else timeout_s)
-        self._show()
+        try:
+            super().join(self._timeout_s if timeout_s is None else timeout_s)
+        finally:  # it is alone if this raised
+            self._show()
 
     def activate(self, ranks: Sequence[int]) -> Proposal:
         try:
@@ -106,7 +109,7 @@ def make_cpu(torch_options: Any, options: MooncakeBackendOptions | None = None) 
         )
     ours = to_options(given, slots, settings)
     store, ours = within_world(torch_options, ours)
-    return MooncakeBackend(store, rank, size, torch_options.timeout, given, ours)
+    return MooncakeBackend(store, rank, size, torch_options.timeout, ours, torch_options.group_id, given.active_ranks)
 
 
 def make_cuda(torch_options: Any, options: MooncakeBackendOptions | None = None) -> MooncakeBackend:
@@ -141,7 +144,7 @@ def within_world(torch_options: Any, options: Options) -> tuple[Any, Options]:
     """Where a group is founded: a subgroup of one of these groups in the membership store of that; the default group
     at MOE_A2A_STORE, or where rank 0 says in torch's store."""
     world = dist.group.WORLD if dist.is_initialized() else None
-    if isinstance(world, MooncakeBackend):
+    if isinstance(world, ProcessGroupMoeA2A):
         found = world
         return within(lambda: found.member, torch_options.store, torch_options.group_id, options)
     group = os.environ.get("MOE_A2A_GROUP", "")
