@@ -94,3 +94,12 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+def _register_backend() -> None:
+    from moe_a2a.collectives.register import register
+
+    register()
+
+
+_register_backend()

@@ -15,7 +15,7 @@ from moe_a2a.config import Config, Options
 from moe_a2a.elastic.keeper import Keeper
 from moe_a2a.elastic.lookout import Lookout
 from moe_a2a.elastic.options import MOST_RANKS, Elastic
-from moe_a2a.elastic.places import HELD, Finder, Found, Place, others, slot_host
+from moe_a2a.elastic.places import HELD, Finder, Found, slot_host
 from moe_a2a.elastic.rail import ElasticRail
 from moe_a2a.elastic.shared import ElasticShared
 from moe_a2a.elastic.windows import Windows
@@ -92,7 +92,6 @@ class _Built:
         check_memory(config, slots, self.layout.nbytes, self.layout.nbytes)
         self.config, self.options, self.slots, self.timeout_s, self.stack = config, options, slots, timeout_s, stack
         self.engine: Engine | None = None
-        self.windows: Windows | None = None
         self._one_network = one_network
         self._several = several_hosts
 
@@ -103,6 +102,7 @@ class _Built:
         stack.callback(self.memory.close)
         server = FdServer(self.memory.fd, None, options.timeout_s)
         stack.callback(server.close)
+        windows = None
         if self._several:
             address = options.host_address or os.environ.get("MOE_A2A_HOST_ADDRESS") or own_address(self._one_network)
             self.engine = Engine.get(address, options.protocol, options.device_filter, options.metadata_server)
@@ -110,13 +110,10 @@ class _Built:
             start = self.memory.address(rank, self.layout.engine_start)
             self.engine.register(start, self.layout.nbytes - self.layout.engine_start)
             stack.callback(self.engine.unregister, start)
-            self.windows = Windows(self.memory, self.engine, self.layout.lanes)
-            stack.callback(self.windows.close)
-            for other, incarnation in others(member).items():
-                self.windows.give(other, incarnation)
-        given = self.windows.given if self.windows else {}
-        Place(server.name, server.token, self.engine.name if self.engine else "", own_network(), given).publish(member)
-        self.finder = Finder(member, self.layout.nbytes, self.windows, partial(self._reach, rank), self.timeout_s)
+            windows = Windows(self.memory, self.engine, self.layout.lanes)
+            stack.callback(windows.close)
+        self.finder = Finder(member, self.layout.nbytes, windows, partial(self._reach, rank), self.timeout_s)
+        self.finder.publish(server.name, server.token, self.engine.name if self.engine else "")
 
     def _reach(self, own: int, rank: int, peer: RemotePeer, limit_s: float) -> None:
         """Write a record that means nothing to a rank of another host."""
@@ -125,18 +122,6 @@ class _Built:
         source = self.memory.address(own, block.host_slots[rank].outbox + nothing)
         target = peer.address + block.source_slots[own].inbox + nothing
         self.engine.reach(peer.engine, source, target, RECORD_BYTES, limit_s)
-
-    def find_all(self, member: Member) -> dict[int, Found]:
-        """The ways to all that take part. Those who wait to be activated come later."""
-        ways = {}
-        for rank in member.view.ranks:
-            if rank != member.rank:
-                try:
-                    ways[rank] = self.finder.find(rank, member.view.slots[rank].incarnation)
-                except MoeA2AError:
-                    if member.view.slots[rank].takes_part:
-                        raise
-        return ways
 
     def finish(self, member: Member, keeper: Keeper, found: Mapping[int, Found], started: list[int]) -> Group:
         config, options, rank, stack = self.config, self.options, member.rank, self.stack
@@ -181,7 +166,7 @@ def found(config: Config, options: Options, elastic: Elastic, bootstrap: Bootstr
     # By all, as the charter: it has to outlive every one of them.
     member.publish(_FACTS, _facts(slots, several, own_network() if one_network else ""))
     rounds.run(lambda: built.open(member), lambda _: True)
-    ways, _ = rounds.run(lambda: built.find_all(member), lambda _: True)
+    ways, _ = rounds.run(built.finder.find_all, lambda _: True)
     group = built.finish(member, keeper, ways, [0] * len(config.channels))
     rounds.run(lambda: None, lambda _: True)
     return group
@@ -213,7 +198,7 @@ def join(config: Config, options: Options, elastic: Elastic, rank: int | None, s
         keeper = Keeper(elastic.timeout_s)
         built.open(member)
         member.publish(_FACTS, _facts(slots, several, network))
-        group = built.finish(member, keeper, built.find_all(member), [])
+        group = built.finish(member, keeper, built.finder.find_all(), [])
         keepers.append(keeper)
         keeper.on_change(member.view)
         view = member.wait_active(elastic.timeout_s)

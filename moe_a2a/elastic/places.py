@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from moe_a2a.elastic.windows import Window, Windows
 from moe_a2a.errors import EngineError, MoeA2AError, RankLost
+from moe_a2a.hosts import own_network
 from moe_a2a.membership.member import Member
 from moe_a2a.membership.view import State, View
 from moe_a2a.membership.wire import decode_json, encode_json, incarnations, text
@@ -116,7 +117,27 @@ class Finder:
     ) -> None:
         self._member, self._nbytes, self._windows, self._timeout = member, nbytes, windows, timeout_s
         self._reach = reach
-        self._told = dict(windows.given) if windows is not None else {}
+        self._told: dict[int, Window] = {}
+
+    def publish(self, socket: str, token: str, engine: str) -> None:
+        """Tell the others where this process is, and those of other hosts that are there where to write. Arguments as
+        in `Place`."""
+        if self._windows is not None:
+            for rank, incarnation in others(self._member).items():
+                self._told[rank] = self._windows.give(rank, incarnation)
+        Place(socket, token, engine, own_network(), self._told).publish(self._member)
+
+    def find_all(self) -> dict[int, Found]:
+        """The ways to all that take part. Those who wait to be activated come later. Raises MoeA2AError."""
+        ways, member = {}, self._member
+        for rank in member.view.ranks:
+            if rank != member.rank:
+                try:
+                    ways[rank] = self.find(rank, member.view.slots[rank].incarnation)
+                except MoeA2AError:
+                    if member.view.slots[rank].takes_part:
+                        raise
+        return ways
 
     def find(self, rank: int, incarnation: int, patient: bool = True) -> Found:
         """patient: wait until it says how it is reached. Raises MoeA2AError."""

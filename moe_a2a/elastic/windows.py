@@ -33,11 +33,6 @@ class Windows:
         self._lock = threading.Lock()
         self._closed = False
 
-    @property
-    def given(self) -> dict[int, Window]:
-        """By rank."""
-        return dict(self._given)
-
     def give(self, rank: int, incarnation: int) -> Window:
         """The window of a process, made if it is new; then that of its predecessor is no more. Raises EngineError,
         MoeA2AError."""

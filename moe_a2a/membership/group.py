@@ -112,11 +112,13 @@ def join_group(
     rank: int | None = None,
     charter: Mapping[str, Any] | None = None,
     on_change: Callable[[View], None] | None = None,
+    prepare: Callable[[Member], None] | None = None,
 ) -> Member:
     """Take a slot of a group that exists: the given one, or the lowest that nobody holds. A member then activates it
     (`Member.activate`; `wait_active` here); until then the group goes on as if it was not there.
 
-    charter: what this process was given. A store that is away is waited for. Raises JoinRefused if the charter differs
+    charter: what this process was given. prepare: called with the member before it asks for the slot; its incarnation
+    is known then, and its rank is not. A store that is away is waited for. Raises JoinRefused if the charter differs
     from the group's, or if the slot is taken; StoreAway.
     """
     member = Member(options, on_change)
@@ -133,6 +135,8 @@ def join_group(
         _compare(group["charter"], dict(charter or {}))
         if group.get("keeper") == member.host:
             member.keep_store()
+        if prepare is not None:
+            prepare(member)
         slot, charter_bytes = -1 if rank is None else rank, said
         _patient(lambda: member._reserve(slot), deadline)
         _patient(lambda: member.publish(_CHARTER, charter_bytes), deadline)

@@ -14,7 +14,8 @@ from typing import Any
 
 from moe_a2a.errors import ConfigError, ExcludedFromView, JoinRefused, MessageError, MoeA2AError, StoreAway
 from moe_a2a.membership.page import Page
-from moe_a2a.membership.settings import Settings, peer_credentials, start_watcher
+from moe_a2a.membership.settings import Settings, peer_credentials
+from moe_a2a.membership.watcher_process import start_watcher
 from moe_a2a.membership.wire import MAX_REQUEST_BYTES, decode_json, encode_json, number, text
 
 _ERRORS: dict[str, type[MoeA2AError]] = {

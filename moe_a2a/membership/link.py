@@ -45,6 +45,7 @@ class StoreLink:
     ) -> None:
         self._url, self._group, self._host = url, group, host
         self.keep = False
+        self._closing = False
         self._post, self._known = post, known
         self._on_view, self._on_silent, self._on_away = on_view, on_silent, on_away
         self._work: queue.SimpleQueue[Callable[[Store], None]] = queue.SimpleQueue()
@@ -54,8 +55,10 @@ class StoreLink:
         self._announced = 0.0
         self._store: Store | None = None
         self._opening = threading.Lock()
-        for name, run in (("follow", self._follow), ("change", self._change)):
-            threading.Thread(target=run, name=f"moe_a2a-{name}", daemon=True).start()
+        runs = (("follow", self._follow), ("change", self._change))
+        self._threads = [threading.Thread(target=run, name=f"moe_a2a-{name}", daemon=True) for name, run in runs]
+        for thread in self._threads:
+            thread.start()
 
     @property
     def away(self) -> bool:
@@ -81,6 +84,14 @@ class StoreLink:
         self._published[name] = value
         store.put(name, value)
 
+    def close(self) -> bool:
+        """Let go of the store. Returns whether its threads have ended; they may hang on a store that does."""
+        self._closing = True
+        self._work.put(lambda store: None)
+        for thread in self._threads:
+            thread.join(2 * _SILENCE_S)
+        return not any(thread.is_alive() for thread in self._threads)
+
     def _client(self) -> Store:
         with self._opening:
             if self._store is None:
@@ -88,7 +99,7 @@ class StoreLink:
             return self._store
 
     def _change(self) -> None:
-        while True:
+        while not self._closing:
             run = self._work.get()
             try:
                 store = self._client()
@@ -99,7 +110,7 @@ class StoreLink:
 
     def _follow(self) -> None:
         pause = _SHORTEST_PAUSE_S
-        while True:
+        while not self._closing:
             try:
                 self._look()
                 pause = _SHORTEST_PAUSE_S
@@ -115,6 +126,8 @@ class StoreLink:
                 _log.exception("the store cannot be used")
                 self._say(False)
                 time.sleep(_LONGEST_PAUSE_S)
+        if self._store is not None:
+            self._store.close()
 
     def _look(self) -> None:
         store = self._client()
@@ -156,6 +169,8 @@ class StoreLink:
             self._on_view(view)
             seen.set()
 
+        if self._closing:
+            return
         self._post(take)
         seen.wait(_WATCH_S)  # so that the next look begins at this view
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -21,11 +21,12 @@ from moe_a2a.membership.line import Line
 from moe_a2a.membership.page import Page
 from moe_a2a.membership.registered import PROTOCOL, why_outside
 from moe_a2a.membership.settings import Settings
-from moe_a2a.membership.store import check_group, split_url
+from moe_a2a.membership.store import applied_name, check_group, split_url
 from moe_a2a.membership.view import Endpoint, State, View
 from moe_a2a.membership.wire import encode_view, number
 
 _GOODBYE_S = 2.0
+_SETTLE_NAP_S = 0.002
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,10 @@ class Member:
         """Whether the view cannot change at the moment because the store is away."""
         return self.page.store_away
 
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
     def check(self) -> None:
         """Raise ExcludedFromView if this process takes no part, by the newest view. Costs a look at one word."""
         if self.rank < 0 or not self.page.takes_part(self.rank, self.incarnation):
@@ -154,6 +159,31 @@ class Member:
         self._ask("leave", ranks=[list(pair) for pair in mine.items()], steps=steps)
         return self.view
 
+    def strike(self, ranks: Mapping[int, int]) -> View:
+        """Take note that ranks which failed are gone for good: they have LEFT then. ranks: rank -> incarnation. Raises
+        ExcludedFromView, StoreAway."""
+        self._ask("strike", ranks=[list(pair) for pair in ranks.items()])
+        return self.view
+
+    def settle(self, epoch: int, timeout_s: float, leavers: Iterable[str] = ()) -> bool:
+        """Wait until every rank's page has a view of at least this epoch, which this member has seen. leavers: hosts
+        whose ranks that view may be without, and that are to have it nevertheless. Returns False if a host's watcher
+        has not said so in time; it may be gone."""
+        deadline = time.monotonic() + timeout_s
+        leavers = set(leavers)
+        for host in (self.view.watchers().keys() | leavers) - {self.host}:
+            while True:
+                with contextlib.suppress(StoreAway):
+                    said = self.lookup(applied_name(host))
+                    if said is not None and said.isdigit() and int(said) >= epoch:
+                        break
+                if host not in self.view.watchers() and host not in leavers:
+                    break
+                if time.monotonic() > deadline:
+                    return False
+                time.sleep(_SETTLE_NAP_S)
+        return True
+
     def refresh(self) -> View:
         """Look into the store now. Raises StoreAway if it does not answer."""
         self._ask("look")
@@ -170,11 +200,14 @@ class Member:
         value = self._ask("find", name=name).get("value")
         return None if value is None else bytes.fromhex(value)
 
-    def rejoin(self, rank: int | None = None) -> None:
+    def rejoin(self, rank: int | None = None, prepare: Callable[[], None] | None = None) -> None:
         """Come back after being excluded: with a new incarnation, in the same slot unless told otherwise. Then a
-        member has to activate it. Raises JoinRefused if the slot is taken."""
+        member has to activate it. prepare: called once the incarnation is known, before the slot is asked for. Raises
+        JoinRefused if the slot is taken."""
         wanted = self.rank if rank is None else rank
         self.incarnation = _new_incarnation()
+        if prepare is not None:
+            prepare()
         self._reserve(wanted)
 
     def close(self) -> None:

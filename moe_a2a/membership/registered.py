@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from moe_a2a.errors import ExcludedFromView, JoinRefused, MessageError, MoeA2AError
 from moe_a2a.membership.page import Page
 from moe_a2a.membership.store import Store, change
-from moe_a2a.membership.view import Endpoint, State, View, join, leave, mark_failed, reserve
+from moe_a2a.membership.view import Endpoint, State, View, join, leave, mark_failed, reserve, strike
 from moe_a2a.membership.wire import (
     MAX_REQUEST_BYTES,
     decode_json,
@@ -128,7 +128,7 @@ class Registered:
             submit(lambda store: store.get())
         elif what == "reserve":
             self._reserve(request, submit, watcher)
-        elif what in ("failed", "join", "leave"):
+        elif what in ("failed", "join", "leave", "strike"):
             transition = self._transition(what, request)
             submit(lambda store: change(store, transition))
         elif what == "put":
@@ -173,10 +173,14 @@ class Registered:
 
         def propose(view: View) -> View:
             own = {rank: incarnation for rank, incarnation in ranks.items() if (rank, incarnation) == me}
-            if not view.holds(*me) and not (what == "leave" and len(own) == len(ranks)):
+            # A rank that takes no part may leave, and may be the first to come back to a group that nobody is left in.
+            alone = what == "leave" or (what == "join" and not view.ranks)
+            if not view.holds(*me) and not (alone and len(own) == len(ranks)):
                 raise ExcludedFromView(why_outside(view, *me))
             if what == "failed":
                 return mark_failed(view, ranks, note)
+            if what == "strike":
+                return strike(view, ranks)
             if what == "join":
                 if steps is None:
                     raise JoinRefused("joining needs the first step of each channel")

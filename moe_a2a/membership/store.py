@@ -98,6 +98,11 @@ def check_group(group: str) -> None:
         raise ConfigError(f"group={group!r}; give 1 to 100 letters, digits, '-', '_' or '.'")
 
 
+def applied_name(host: str) -> str:
+    """Where the watcher of a host says which epoch its ranks' pages have."""
+    return f"applied/{host}"
+
+
 def change(store: Store, transition: Callable[[View], View], known: View | None = None) -> View:
     """Bring a change into the group's view, however many others do so at the same time. Returns the view that has it.
 

@@ -243,6 +243,11 @@ def leave(view: View, ranks: Mapping[int, int], last: Sequence[int] | None = Non
     return _change(view, ranks, _HELD, lambda slot: replace(slot, state=State.LEFT))
 
 
+def strike(view: View, ranks: Mapping[int, int]) -> View:
+    """The view in which ranks that failed have left: whoever went on counting on them need not any more."""
+    return _change(view, ranks, (State.FAILED,), lambda slot: replace(slot, state=State.LEFT))
+
+
 def move_watcher(view: View, host: str, address: str) -> View:
     """The view in which a host's watcher takes messages elsewhere."""
     changed = {

@@ -1,42 +1,38 @@
 """A host's watcher: the process that sees ranks die and keeps the view in their pages (DESIGN.md D6).
 
-It has a session of its own and is nobody's child. Ranks talk to it over an abstract Unix socket, whose name follows
-from store, group and host label, so that one watcher runs for each. It ends when its last rank is gone.
+Ranks talk to it over an abstract Unix socket, whose name follows from store, group and host label, so that there is one
+watcher for each. It ends when its last rank is gone. watcher_process.py has the process that it runs in.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import os
 import queue
 import selectors
-import signal
 import socket
-import sys
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
 
 from moe_a2a.errors import ConfigError, MessageError, MoeA2AError
 from moe_a2a.membership.control import Alive, Channel, Died, Message, NewView
-from moe_a2a.membership.daemon import detach, log_file, settle, shared_secret
 from moe_a2a.membership.deaths import SECOND_HAND_S, Deaths, matters
 from moe_a2a.membership.link import StoreLink
 from moe_a2a.membership.page import Page, Process
 from moe_a2a.membership.registered import Registered
 from moe_a2a.membership.settings import Settings, peer_credentials
-from moe_a2a.membership.store import change
+from moe_a2a.membership.store import applied_name, change
 from moe_a2a.membership.view import View, move_watcher
-from moe_a2a.membership.wire import decode_json, encode_json, encode_view
+from moe_a2a.membership.wire import encode_json, encode_view
 
 _log = logging.getLogger(__name__)
 
 #: Seconds without a rank after which a watcher ends, and those that it waits for the first.
 LINGER_S, FIRST_S = 5.0, 60.0
 BEAT_S = 0.2
-_MOST_RANKS = 1024
+MOST_RANKS = 1024
 _LONGEST_WAIT_MS = 3_600_000
 _GONE = "its process is gone"
 
@@ -68,6 +64,17 @@ class Watcher:
             self._beat,
         )
         self._deaths = Deaths(lambda: self.view, self.link.submit, self._changed)
+
+    def close(self) -> None:
+        """Once `run` has returned."""
+        ended = self.link.close()
+        self._selector.close()
+        for file in (self._listener, self.channel):
+            if file is not None:
+                file.close()
+        if ended:  # nobody is left who would write into what has this number next
+            os.close(self._wake_r)
+            os.close(self._wake_w)
 
     def post(self, work: Callable[[], None]) -> None:
         """Run a function in this loop; from any thread."""
@@ -144,6 +151,10 @@ class Watcher:
             self._tell(addresses, view)
         for rank in list(self._ranks.values()):
             rank.send({"epoch": view.epoch})
+        hosts = view.watchers().keys() | (before.watchers().keys() if before is not None else set())
+        if hosts - {self.settings.host}:  # they may wait for this (`Member.settle`)
+            name, said = applied_name(self.settings.host), str(view.epoch).encode()
+            self.link.submit(lambda store: store.put(name, said), lambda _, error: None)
         if self.channel is not None:
             self._check_address(view, self.channel.address)
 
@@ -234,7 +245,7 @@ class Watcher:
         with contextlib.suppress(OSError):
             connection, _ = self._listener.accept()
             pid, uid = peer_credentials(connection)
-            if uid != os.getuid() or len(self._ranks) >= _MOST_RANKS:
+            if uid != os.getuid() or len(self._ranks) >= MOST_RANKS:
                 connection.close()
             else:
                 self._selector.register(connection, selectors.EVENT_READ, lambda: self._greet(connection, pid))
@@ -315,29 +326,3 @@ class Watcher:
                 self._selector.unregister(file)
         self._ranks = {fd: other for fd, other in self._ranks.items() if other is not rank}
         rank.close()
-
-
-def main() -> None:
-    """Reads its settings as JSON from standard input."""
-    settings = Settings(**decode_json(sys.stdin.buffer.read(), 65536, "settings"))
-    secret = shared_secret()
-    log = log_file(f"watcher-{settings.group}-{hashlib.sha256(settings.host.encode()).hexdigest()[:8]}")
-    say = detach()
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    try:
-        listener.bind(settings.socket_name)
-    except OSError:  # this host has its watcher already
-        os.write(say, b"running\n")
-        return
-    listener.listen(_MOST_RANKS)  # from here on, ranks know this process by its connection
-    listener.setblocking(False)
-    settle(say, "started\n", log)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    _log.info("watching host %s, group %s, store %s", settings.host, settings.group, settings.store)
-    Watcher(settings, listener, secret).run()
-    os._exit(0)  # threads may be waiting for the store, and have nothing to finish
-
-
-if __name__ == "__main__":
-    main()

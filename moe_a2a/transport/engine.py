@@ -164,6 +164,14 @@ class Engine:
                 cls._shared[key] = cls(*key)
             return cls._shared[key]
 
+    @classmethod
+    def around(cls, engine: Any, address: str, protocol: str) -> Engine:
+        """One that somebody else has made and initialised with "P2PHANDSHAKE", and that outlives this. (One that is not
+        initialised ends the process when it is asked for its port.) address: of this machine."""
+        made = cls.__new__(cls)
+        made._engine, made.protocol, made.name = engine, protocol, f"{address}:{engine.get_rpc_port()}"
+        return made
+
     def _check_rdma(self) -> None:
         topology = json.loads(self._engine.get_local_topology() or "{}")
         if not any(names for lists in topology.values() for names in lists):

@@ -233,6 +233,32 @@ def test_a_watcher_outlives_ranks_of_other_hosts_and_ends_with_its_own(url: str)
         assert not gone(pids[1], 0.5)
 
 
+def test_groups_of_a_host_have_their_watchers_in_one_process(url: str) -> None:
+    """Each with its own; a later group does not wait for a process to start. If it dies, all get another one."""
+    with Group(url, 2, 1) as first, Group(url, 2, 1) as second:
+        assert len({rank.call(m.watcher_pid) for rank in [*first.members, *second.members]}) == 1
+        assert first[0].call(m.watcher_address) != second[0].call(m.watcher_address)
+        second[1].kill()
+        second[0].call(m.wait_ranks, (0,))
+        assert first[0].call(m.active) == (1, (0, 1)), "another group's rank died"
+        pid = first[0].call(m.watcher_pid)
+        os.kill(pid, signal.SIGKILL)
+        assert gone(pid, 1.0)
+        first[1].kill()
+        first[0].call(m.wait_ranks, (0,))
+        pid = first[0].call(m.watcher_pid)
+        assert second[0].call(m.watcher_pid) == pid and second[0].call(m.refresh) == 2
+        other = second.join("host-0", rank=1).ready()
+        assert other.call(m.watcher_pid) == pid
+    assert gone(pid, 15.0)
+
+
+def test_groups_with_different_secrets_have_different_processes(url: str) -> None:
+    secret = {"MOE_A2A_SECRET": "0123456789abcdef-other"}
+    with Group(url, 1, 1) as first, Group(url, 1, 1, environment=secret) as second:
+        assert first[0].call(m.watcher_pid) != second[0].call(m.watcher_pid)
+
+
 def stranger(address: str, data: bytes) -> None:
     host, _, port = address.rpartition(":")
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:

@@ -1,0 +1,269 @@
+"""One operation of all ranks, round by round: everybody enters, everybody sees that everybody has, data are read.
+
+A round of an operation is announced by an entry: its number, the epoch of the view, and what is called. Whoever sees
+the same entry of all others goes on. So all ranks of an operation have one view and call the same thing, and what the
+last round but one announced may be overwritten, because everybody has come to the round after it.
+
+If the view changes while a rank waits in the first round, it withdraws its entry and looks once more. If all others
+have published theirs, somebody may have gone on, and so does this rank. Otherwise nobody has and nobody can any more:
+it enters again, with the new view. If a rank failed, the operation fails instead, on all.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Mapping
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from moe_a2a.collectives.board import Board, Lost, Places, Status, Steps
+from moe_a2a.collectives.options import MOST_SLOTS
+from moe_a2a.collectives.roster import Roll, Roster
+from moe_a2a.collectives.signature import Signature, describe
+from moe_a2a.errors import InputError, MoeA2AError
+from moe_a2a.transport.wait import CHECK_EVERY_S, named
+
+Pending = Callable[[], npt.NDArray[np.bool_]]
+_ROUND_BITS = 16
+MOST_ROUNDS = (1 << _ROUND_BITS) - 2
+#: Once a rank has given up for a reason of its own, the others look this long for what that may have been.
+_REASON_S = 1.0
+
+
+class Moved(Exception):
+    """The view has changed before the operation began: begin again. begun: ranks that had entered it."""
+
+    def __init__(self, begun: Collection[int]) -> None:
+        super().__init__()
+        self.begun = begun
+
+
+class Call:
+    """One operation in one view.
+
+    number: of the operation, the same on all ranks. roll: who takes part. sure: whether all ranks are known to have
+    finished the operations before, so that their data may be overwritten without a word to other hosts. begun: ranks of
+    which this one knows that they have entered it in an earlier view; those of other hosts may have ended it.
+    """
+
+    def __init__(
+        self,
+        board: Board,
+        roster: Roster,
+        places: Places,
+        roll: Roll,
+        number: int,
+        signature: Signature,
+        budget_s: float,
+        sure: bool,
+        begun: Collection[int],
+    ) -> None:
+        self.board, self._roster, self._places, self.roll = board, roster, places, roll
+        self.number, self._signature, self._budget, self._sure = number, signature, budget_s, sure
+        self._begun = begun
+        self.ranks, self.me = roll.ranks, board.base.rank
+        self.layout = board.base.layout
+        self._round = -1
+        self._turn = 0
+        self._stamp = 0
+        self._entry: tuple[int, ...] = ()
+        self._given_up = 0.0
+
+    @property
+    def others(self) -> Collection[int]:
+        return self._places.others
+
+    @property
+    def first(self) -> int:
+        """Offset of the data that entries of this round announce."""
+        return self.layout.first(self._turn)
+
+    @property
+    def second(self) -> int:
+        return self.layout.second(self._turn)
+
+    def part(self, rank: int, offset: int, count: int, dtype: torch.dtype) -> torch.Tensor:
+        return self.board.data(rank, offset, count, dtype)
+
+    def need(self, rank: int) -> None:
+        """Raises Lost if a rank without which this operation is pointless takes no part."""
+        if rank not in self.roll.incarnations:
+            raise Lost([rank], f"rank {rank} takes no part in epoch {self.roll.epoch}")
+
+    def need_pieces(self, pieces: Mapping[int, torch.Tensor]) -> None:
+        """Raises MoeA2AError if there is none for a rank that takes part: the group has grown since they were made."""
+        for rank in self.ranks:
+            if rank not in pieces:
+                raise MoeA2AError(
+                    f"{self._signature} has no piece for rank {rank}, which joined (epoch {self.roll.epoch}); "
+                    "call it again with a piece for each rank up to size()"
+                )
+
+    # rounds
+
+    def meet(self, fill: Callable[[], None] | None = None, away: Mapping[int, tuple[int, int]] | None = None) -> Steps:
+        """Enter the next round and wait until all have.
+
+        fill: writes this rank's data to `first`. away: for ranks of other hosts, (start, nbytes) in it that they read.
+        Raises Lost, Moved, InputError (ranks call different things).
+        """
+        self._round += 1
+        board, turn = self.board, (self.number + self._round) & 1
+        self._turn, self._stamp = turn, self.number << _ROUND_BITS | self._round
+        self._entry = (self._stamp, self.roll.epoch, *self._signature.words(self.roll.digest))
+        record = np.array(self._entry, dtype=np.uint64)
+        board.withdraw(turn, self._stamp)
+        if self._places.away:
+            if not self._sure:
+                yield from board.push_entry(self.roll, self._places, turn)
+            if fill is not None:
+                fill()
+            parts = [(rank, self.first + start, nbytes) for rank, (start, nbytes) in (away or {}).items()]
+            yield from board.push(self.roll, [part for part in parts if part[0] in board.base.peers])
+            board.enter(turn, self._entry)
+            yield from board.push_entry(self.roll, self._places, turn)
+        else:
+            if fill is not None:
+                fill()
+            board.enter(turn, self._entry)
+        places = self._places.entries[turn]
+        if (board.words[places] == record).all():
+            return
+        yield from self._wait(lambda: board.pending(places, record), "", entering=True)
+
+    def show(self, nbytes: Mapping[int, tuple[int, int]]) -> Steps:
+        """Announce what this rank has written to `second`. nbytes: as `away` of `meet`."""
+        board = self.board
+        parts = [(rank, self.second + start, count) for rank, (start, count) in nbytes.items()]
+        if self._places.away:
+            yield from board.push(self.roll, [part for part in parts if part[0] in board.base.peers])
+        board.announce_second(self._turn, self._stamp, self.roll.epoch)
+        if self._places.away:
+            yield from board.push_second(self.roll, self._places, self._turn)
+
+    def see(self) -> Steps:
+        """Wait until all others have announced theirs. Raises Lost."""
+        board = self.board
+        places, record = self._places.seconds[self._turn], np.array([self._stamp, self.roll.epoch], dtype=np.uint64)
+        if (board.words[places] == record).all():
+            return
+        yield from self._wait(lambda: board.pending(places, record), ", second part", entering=False)
+
+    def confirm(self) -> None:
+        """After reading: raises Lost if somebody has overwritten meanwhile what was read."""
+        if not self.others:
+            return
+        stood = self.board.words[self._places.stamps[self._turn]] == np.uint64(self._stamp)
+        if not stood.all():
+            late = [rank for rank, stands in zip(self.others, stood, strict=True) if not stands]
+            raise Lost(late, f"{named(late)} went on before this rank had read", gone=False)
+
+    # waiting
+
+    def _wait(self, pending: Pending, what: str, entering: bool) -> Steps:
+        started = checked = time.monotonic()
+        while True:
+            yield
+            missing = pending()
+            if not missing.any():
+                return
+            now = time.monotonic()
+            if now - checked < CHECK_EVERY_S:
+                continue
+            checked = now
+            if entering:
+                self._compare()
+                if self._round == 0 and self._roster.changed(self.roll):
+                    if self._may_have_begun():
+                        entering = False  # then what the new view says is for the next operation
+                        continue
+                    self._follow()
+            lost = {rank for rank in self.others if self._roster.lost(self.roll, rank)}
+            statuses = [
+                self.board.status(self._places, i, self.roll.incarnations[r]) for i, r in enumerate(self.others)
+            ]
+            missing = pending()  # what came before the loss was seen has been read by now
+            waiting = [rank for i, rank in enumerate(self.others) if missing[i]]
+            if not waiting:
+                return
+            absent = lost.intersection(waiting)
+            if absent:
+                raise Lost(absent, f"{named(sorted(absent))} failed")
+            for rank, status in zip(self.others, statuses, strict=True):
+                if status is not None:
+                    self._heed(rank, status, rank in waiting, now)
+            later = [rank for rank in waiting if self._is_later(rank)]
+            if later:
+                raise Lost(later, f"{named(later)} went on without this rank", gone=False)
+            if now - started > self._budget:
+                evidence = f"{self._signature}{what}: sent nothing within {self._budget:g} s"
+                silent = [rank for rank in waiting if rank not in self._begun]
+                self._roster.accuse(self.roll, silent, evidence)
+                raise Lost(silent or waiting, f"{named(waiting)} did not come within {self._budget:g} s", bool(silent))
+
+    def _heed(self, rank: int, status: Status, waiting: bool, now: float) -> None:
+        """Raise what another rank's status means for this operation, if anything."""
+        failed = status.failed == self.number
+        if failed and status.mask:
+            ranks = _ranks(status.mask)
+            raise Lost(ranks, f"rank {rank} reports that {named(ranks)} failed")
+        if failed:
+            self._given_up = self._given_up or now
+            if now - self._given_up > _REASON_S:
+                raise MoeA2AError(f"{self._signature}: rank {rank} gave up this operation; its own error says why")
+        elif waiting and status.finished >= self.number:
+            later = status.failed > self.number and status.mask
+            ranks = _ranks(status.mask) if later else (rank,)
+            raise Lost(ranks, f"rank {rank} went on without this rank", gone=bool(later))
+
+    def _is_later(self, rank: int) -> bool:
+        """Whether a rank has entered a later operation in this view, or in one after it."""
+        at = self._places.others.index(rank)
+        for turn in (0, 1):
+            stamp, epoch, *_ = self.board.words[self._places.entries[turn][at]].tolist()
+            if stamp < 1 << 63 and stamp >> _ROUND_BITS > self.number and epoch >= self.roll.epoch:
+                return True
+        return False
+
+    def _compare(self) -> None:
+        """Raise InputError if a rank calls something else."""
+        found = self.board.words[self._places.entries[self._turn]]
+        for rank, (stamp, _, *words) in zip(self.others, found.tolist(), strict=True):
+            if stamp == self._stamp and self._signature.differs((words[0], words[1])):
+                raise InputError(
+                    f"ranks call different things: this rank (rank {self.me}) {self._signature}, rank {rank} "
+                    f"{describe((words[0], words[1]))}; all ranks have to make the same calls in the same order"
+                )
+
+    def _may_have_begun(self) -> bool:
+        """Whether another rank may have gone on in this round: then this one does too."""
+        self.board.withdraw(self._turn, self._stamp)
+        if not self.board.has_been(self._places, self._turn, self._entry):
+            return False
+        self.board.enter(self._turn, self._entry)
+        return True
+
+    def _follow(self) -> None:
+        """There is a new view. Raises Lost if a rank of this operation failed, else Moved."""
+        roll = self._roster.roll()
+        failed = [rank for rank in self.others if self._roster.lost(self.roll, rank)]
+        if failed:
+            raise Lost(failed, f"{named(failed)} failed")
+        if roll.epoch == self.roll.epoch:
+            raise MoeA2AError(f"the view of epoch {roll.epoch} changed without a new number")
+        entries = self.board.words[self._places.stamps[self._turn]].tolist()
+        raise Moved([rank for rank, stamp in zip(self.others, entries, strict=True) if stamp == self._stamp])
+
+
+def entered(board: Board, places: Places, epoch: int) -> int | None:
+    """The lowest number of an operation that others have entered since this epoch, None if there is none."""
+    found = [row for turn in (0, 1) for row in board.words[places.entries[turn]].tolist()]
+    return min(
+        (row[0] >> _ROUND_BITS for row in found if row[0] and row[1] >= epoch and row[0] < 1 << 63), default=None
+    )
+
+
+def _ranks(mask: int) -> tuple[int, ...]:
+    return tuple(rank for rank in range(MOST_SLOTS) if mask >> rank & 1)
