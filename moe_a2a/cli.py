@@ -14,6 +14,11 @@ _LAZY = {
         "bench_report",
         "Tabulate logs of SGLang's serving benchmark at several concurrencies.",
     ),
+    "chaos": (
+        "moe_a2a.chaos.command",
+        "chaos",
+        "Lose ranks of an elastic group at random, and check every row and view.",
+    ),
     "members": ("moe_a2a.membership.commands", "members", "Print a group's view: who is in it, who failed and why."),
     "recipe": ("moe_a2a.recipes.commands", "recipe", "Write launch scripts for SGLang: PD, EP, EPD, Slurm."),
     "store": ("moe_a2a.membership.commands", "store", "Serve the membership store, and print its address."),
