@@ -12,10 +12,10 @@ import numpy.typing as npt
 
 #: Of a rank. STEP, POINT: where it is; DONE: its last whole or faulted step; STEPS, ROWS: how many were checked.
 #: ARM_*: at which step and point it is to do what (a signal's number, or LEAVE); STRUCK: when it did
-#: (CLOCK_MONOTONIC, ns).
-STEP, POINT, DONE, STEPS, ROWS, ARM_STEP, ARM_POINT, ARM_WHAT, STRUCK = range(9)
+#: (CLOCK_MONOTONIC, ns); OWNER: the process that has the slot, the only one that may write here.
+STEP, POINT, DONE, STEPS, ROWS, ARM_STEP, ARM_POINT, ARM_WHAT, STRUCK, OWNER = range(10)
 LEAVE = 1000
-_WIDTH = 16
+WIDTH = 16
 _FOREVER = (1 << 62) - 1
 
 
@@ -23,7 +23,7 @@ class Board:
     """ranks: int64 [ranks, words]."""
 
     def __init__(self, path: Path, ranks: int, make: bool = False) -> None:
-        mapped: npt.NDArray[np.int64] = np.memmap(path, np.int64, "w+" if make else "r+", shape=(ranks + 1, _WIDTH))
+        mapped: npt.NDArray[np.int64] = np.memmap(path, np.int64, "w+" if make else "r+", shape=(ranks + 1, WIDTH))
         self.ranks, self._all = mapped[1:], mapped[0]
         if make:
             self.resume()

@@ -46,7 +46,7 @@ def _kinds(context: click.Context, parameter: click.Parameter, value: str | None
 @click.option(
     "--timeout",
     type=click.FloatRange(0.2),
-    default=2.0,
+    default=3.0,
     show_default=True,
     help="Seconds that a step waits for a rank.",
 )

@@ -202,16 +202,18 @@ class Director:
             self._its().start(rank, joins=True)
 
     def _wake(self, ranks: Iterable[int], new: bool) -> None:
-        """Let ranks that were stopped go on: they find themselves excluded. new: end them instead."""
+        """Let ranks that were stopped go on: they find themselves excluded. new: after others took their slots."""
         group = self._its()
+        ghosts = [group.supersede(rank) for rank in ranks] if new else []
         if new:
-            for rank in ranks:
-                group.signal(rank, signal.SIGKILL)
-            self._replace(ranks)
-            return
-        for rank in ranks:
-            group.signal(rank, signal.SIGCONT)
-        group.until(lambda: all(group.lives[r].outside for r in ranks), self._patience, "that they see it")
+            self._settle()
+        asleep = ghosts or [group.lives[rank] for rank in ranks]
+        for live in asleep:
+            live.stopped = False
+            os.kill(live.process.pid, signal.SIGCONT)
+        group.until(lambda: all(live.outside for live in asleep), self._patience, "that they see it")
+        for ghost in ghosts:
+            group.lay(ghost)
 
     def _settle(self, what: str = "that everybody is back") -> None:
         group = self._its()

@@ -39,8 +39,8 @@ _RANKS = ("kill", "stop", "hiccup", "leave", "store and kill", *_TWO)
 class Event:
     """ranks: who is struck, or, for "join", who joins and who is struck meanwhile. hosts: whose network or watcher.
     point: one of POINTS, for ranks. steps: how many steps from now, by rank. delay_s: for what is at no step. silent:
-    a network that is cut drops what is sent; else the host itself sees its link go. new: who was stopped or has left is
-    ended, and a new process comes in its place."""
+    a network that is cut drops what is sent; else the host itself sees its link go. new: a new process takes the slot
+    of who has left or was stopped, and who was stopped wakes up after that."""
 
     number: int
     kind: str

@@ -119,6 +119,8 @@ class Group:
             self._meeting,
         )
         self.lives: dict[int, Live] = {}
+        #: Processes that were stopped, and whose slots have others by now.
+        self.ghosts: list[tuple[int, Live]] = []
         for rank in range(load.ranks):
             self.start(rank, joins=False)
 
@@ -167,6 +169,20 @@ class Group:
         self._expected_end.discard(rank)
         return live
 
+    def supersede(self, rank: int) -> Live:
+        """A new process takes the slot of one that is stopped, and may wake up. Returns the old one."""
+        old = self.lives[rank]
+        self.ghosts.append((rank, old))
+        self.start(rank, joins=True)
+        return old
+
+    def lay(self, ghost: Live) -> None:
+        """End a process whose slot has another one."""
+        ghost.process.kill()
+        ghost.process.join()
+        ghost.ended = True
+        self.ghosts = [(rank, live) for rank, live in self.ghosts if live is not ghost]
+
     def expect_end(self, ranks: Iterable[int]) -> None:
         """These processes are to end; all others are not."""
         self._expected_end.update(ranks)
@@ -188,10 +204,9 @@ class Group:
 
     def pump(self, timeout_s: float = _TICK_S) -> None:
         """Take in what was said."""
-        pipes = {live.pipe: rank for rank, live in self.lives.items() if not live.ended}
+        pipes = {live.pipe: (rank, live) for rank, live in [*self.lives.items(), *self.ghosts] if not live.ended}
         for pipe in wait(list(pipes), timeout_s):
-            rank = pipes[pipe]  # type: ignore[index]
-            live = self.lives[rank]
+            rank, live = pipes[pipe]  # type: ignore[index]
             try:
                 for _ in range(100):
                     self._take(rank, live, *live.pipe.recv())
@@ -200,7 +215,7 @@ class Group:
             except (EOFError, OSError):
                 live.ended, live.inside = True, False
                 live.process.join()
-                if rank not in self._expected_end:
+                if live is self.lives.get(rank) and rank not in self._expected_end:
                     self._wrong("ended", f"rank {rank} ended with {live.process.exitcode}")
 
     def _take(self, rank: int, live: Live, what: str, at: float, *said: Any) -> None:
@@ -208,7 +223,7 @@ class Group:
             epoch, digest, held, frozen, live.incarnation, watcher = said
             if self._digests.setdefault(epoch, digest) != digest:
                 self._wrong("views", f"rank {rank} has another view of epoch {epoch} than others")
-            if watcher != live.watcher:
+            if watcher != live.watcher and live is self.lives.get(rank):
                 live.watcher = self._watchers[self.host_of(rank)] = watcher
             live.views.append(Seen(at, epoch, digest, held, frozen))
         elif what == "whole":
@@ -228,8 +243,10 @@ class Group:
             live.inside, live.first = False, 0
             live.outside.append((at, *said))
             live.short.clear()
-        elif what == "again":
+        elif what == "again" and live is self.lives.get(rank):
             self._note(f"rank {rank} tries again: {said[0][:_MOST_NOTES]}")
+        elif what == "again":
+            pass
         elif what == "wrong":
             self._wrong("rows", said[0])
             self._expected_end.add(rank)
@@ -326,7 +343,7 @@ class Group:
                 os.kill(live.process.pid, signal.SIGCONT)
         while time.monotonic() < deadline and not all(live.ended for live in self.lives.values()):
             self.pump()
-        for live in self.lives.values():
+        for live in [*self.lives.values(), *(ghost for _, ghost in self.ghosts)]:
             live.process.kill()
             live.process.join()
             live.pipe.close()
@@ -338,9 +355,10 @@ class Group:
 
 
 def _kill(pid: int, word: str) -> None:
-    """Kill a process if the word is on its command line: its number may be another one's by now."""
+    """Kill a process if a word of its command line begins so: its number may be another one's by now."""
     with contextlib.suppress(OSError):
-        if word.encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        if any(given.startswith(word.encode()) for given in words):
             os.kill(pid, signal.SIGKILL)
 
 

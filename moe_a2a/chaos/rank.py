@@ -18,6 +18,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
@@ -99,7 +101,8 @@ class _Rank:
         self._pipe, self._run, self._rank, self._place = pipe, run, rank, place
         self._speak = threading.Lock()
         self._board = b.Board(Path(run.folder) / "board", run.load.ranks)
-        self._words = self._board.ranks[rank]
+        self._row, self._scratch = self._board.ranks[rank], np.zeros(b.WIDTH, np.int64)
+        self._row[b.OWNER] = os.getpid()
         self._a2a: AllToAll
         self._members: tuple[int, ...] = ()
         self._leaving = False
@@ -128,6 +131,11 @@ class _Rank:
                 self._watch()
                 self._tell("in", "")
         self._a2a.close()
+
+    @property
+    def _words(self) -> npt.NDArray[np.int64]:
+        """This process's words of the board; others, that nobody reads, once another one has the slot."""
+        return self._row if self._row[b.OWNER] == os.getpid() else self._scratch
 
     # coming
 

@@ -118,8 +118,9 @@ def found(store: TorchStore, rank: int, size: int, timeout_s: float, options: Op
         given = _member_options(options, options.store, name, timeout_s)
         member = found_group(bootstrap, given, slots, charter=charter(options), on_change=keeper.on_change)
         stack.callback(member.close)
+        # By all, as the charter: it has to outlive every one of them.
+        member.publish(_FACTS, encode_json({"slots": slots, "several_hosts": several, "network": network}))
         if rank == 0:
-            member.publish(_FACTS, encode_json({"slots": slots, "several_hosts": several, "network": network}))
             store.set(_WHERE, encode_json({"store": member.options.store, "group": name}).decode())
         rounds.run(lambda: built.open(member), lambda _: True)
         ways, _ = rounds.run(built.finder.find_all, lambda _: True)
@@ -148,6 +149,7 @@ def enter(store: TorchStore | None, rank: int, options: Options, timeout_s: floa
         data = member.lookup(_FACTS)
         if data is None:
             raise JoinRefused(f"group {name!r} in {url} is no process group")
+        member.publish(_FACTS, data)
         facts = decode_json(data, _FACTS_BYTES, "the facts of a group")
         slots, several = number(facts, "slots", 1, 64), facts.get("several_hosts") is True
         hosts = {slot_host(member.view, other) for other in member.view.ranks}

@@ -290,6 +290,20 @@ def test_messages_of_strangers_and_of_old_incarnations_are_ignored(url: str) -> 
         assert group[1].call(m.wait_ranks, (0, 1)) == 2, "a message of a member with the secret was not believed"
 
 
+def test_hosts_tell_each_other_that_they_are_there_and_who_waits(url: str) -> None:
+    with Group(url, 3, 3) as group:
+        group[1].call(m.begin_wait)
+        assert group[2].call(m.hears, 1, True) and not group[2].call(m.waits, 0)
+        group[1].call(m.end_wait)
+        assert group[2].call(m.hears, 1, False)
+        heard = group[2].call(m.heard, 1)
+        os.kill(group[1].call(m.watcher_pid), signal.SIGSTOP)  # its host says nothing any more
+        time.sleep(1.0)
+        assert group[2].call(m.heard, 1) < time.monotonic() - 0.5
+        assert group[2].call(m.heard, 0) > heard
+        assert group[2].call(m.active)[1] == (0, 1, 2), "that alone is no reason to give a rank up"
+
+
 def test_a_rank_that_is_closed_leaves_in_order(url: str) -> None:
     with Group(url, 2, 1) as group:
         group[1].end()
