@@ -197,7 +197,7 @@ class Group:
     def kill_watcher(self, host: int) -> int:
         """Returns the process that was killed."""
         pid = self._watchers[host]
-        _kill(pid, "moe_a2a.membership.watcher")
+        _kill(pid, "moe_a2a.membership.watcher_process")
         return pid
 
     # what they say
@@ -348,7 +348,7 @@ class Group:
             live.process.join()
             live.pipe.close()
         for pid in self._watchers.values():
-            _kill(pid, "moe_a2a.membership.watcher")
+            _kill(pid, "moe_a2a.membership.watcher_process")
         with contextlib.suppress(LookupError):
             _kill(self.store_pid(), "store")
         self._folder.cleanup()

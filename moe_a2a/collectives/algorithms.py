@@ -91,7 +91,7 @@ def _all_reduce_small(call: Call, part: torch.Tensor, kind: Reduction) -> Steps:
 
 def reduce_to(call: Call, tensor: torch.Tensor, kind: Reduction, root: int) -> Steps:
     """tensor: [n] contiguous, input, and output of the root."""
-    call.need(root)
+    yield from call.need(root)
     size = tensor.dtype.itemsize
     for begin, end in rounds(len(tensor), call.layout.chunk // size):
         part = tensor[begin:end]
@@ -107,7 +107,7 @@ def reduce_to(call: Call, tensor: torch.Tensor, kind: Reduction, root: int) -> S
 
 def broadcast(call: Call, data: torch.Tensor, root: int) -> Steps:
     """data: [nbytes] uint8, input of the root, output of the others."""
-    call.need(root)
+    yield from call.need(root)
     for begin, end in rounds(len(data), call.layout.chunk):
         part = data[begin:end]
 
@@ -125,7 +125,7 @@ def all_gather(call: Call, data: torch.Tensor, pieces: Pieces, readers: Sequence
     """data: [nbytes] uint8, this rank's piece. pieces: rank -> [nbytes] uint8, where that rank's piece goes. readers:
     the ranks that have pieces (None: all)."""
     for rank in readers or ():
-        call.need(rank)
+        yield from call.need(rank)
     reading = call.ranks if readers is None else readers
     for begin, end in rounds(len(data), call.layout.chunk):
         part = data[begin:end]
@@ -144,7 +144,7 @@ def all_gather(call: Call, data: torch.Tensor, pieces: Pieces, readers: Sequence
 
 def scatter(call: Call, out: torch.Tensor, pieces: Pieces, root: int) -> Steps:
     """out: [nbytes] uint8. pieces: of the root, rank -> [nbytes] uint8."""
-    call.need(root)
+    yield from call.need(root)
     if call.me == root:
         call.need_pieces(pieces)
     each = _quota(call)

@@ -23,7 +23,8 @@ _THREAD_NAP_S = 100e-6
 class Driver:
     def __init__(self) -> None:
         self._lanes: dict[Hashable, deque[tuple[CollectiveWork, Steps]]] = {}
-        self._turn = threading.Lock()
+        self._turn = threading.RLock()  # what is called when an operation ends may begin another one
+        self._inside = False
         self._wake = threading.Condition()
         self._waiters = 0
         self._closing = False
@@ -35,7 +36,7 @@ class Driver:
         with self._turn:
             queue = self._lanes.setdefault(lane, deque())
             queue.append((work, steps))
-            if len(queue) == 1:
+            if len(queue) == 1 and not self._inside:
                 self._step(lane)
         if alone and self._lanes:
             with self._wake:
@@ -74,7 +75,7 @@ class Driver:
         if not self._turn.acquire(blocking=False):
             return False
         try:
-            return sum(self._step(lane) for lane in list(self._lanes)) > 0
+            return not self._inside and sum(self._step(lane) for lane in list(self._lanes)) > 0
         finally:
             self._turn.release()
 
@@ -101,6 +102,7 @@ class Driver:
 
     def _step(self, lane: Hashable) -> bool:
         queue = self._lanes[lane]
+        self._inside = True
         try:
             next(queue[0][1])
         except StopIteration:
@@ -108,6 +110,8 @@ class Driver:
             if not queue:
                 del self._lanes[lane]
             return True
+        finally:
+            self._inside = False
         return False
 
     def _loop(self) -> None:

@@ -41,6 +41,7 @@ class Group:
         #: Of the next operation; None: what the others are at, as a process that has joined finds out.
         self._number: int | None = 1 if base.member is None or base.founded else None
         self._unsure = 0
+        self._last: Roll | None = None
 
     def lead(self) -> None:
         """There is nobody to learn the number of the next operation from: those who come later learn this one's."""
@@ -146,6 +147,7 @@ class Group:
                     budget_s,
                     not self._unsure,
                     frozenset(begun),
+                    self._last,
                 )
                 try:
                     yield from body(call)
@@ -166,7 +168,7 @@ class Group:
         if self._number is None:
             work.end(*(failure or (None, ())))
             return
-        number, self._number = self._number, self._number + 1
+        number, self._number, self._last = self._number, self._number + 1, roll
         if failure is None:
             self._unsure = max(0, self._unsure - 1)
             self._board.finish(number)

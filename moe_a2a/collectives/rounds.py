@@ -27,6 +27,7 @@ from moe_a2a.transport.wait import CHECK_EVERY_S, named
 
 Pending = Callable[[], npt.NDArray[np.bool_]]
 _ROUND_BITS = 16
+_STAMP = (1 << 63) - 1  # without the bit of entries that were withdrawn
 MOST_ROUNDS = (1 << _ROUND_BITS) - 2
 #: Once a rank has given up for a reason of its own, the others look this long for what that may have been.
 _REASON_S = 1.0
@@ -44,8 +45,9 @@ class Call:
     """One operation in one view.
 
     number: of the operation, the same on all ranks. roll: who takes part. sure: whether all ranks are known to have
-    finished the operations before, so that their data may be overwritten without a word to other hosts. begun: ranks of
-    which this one knows that they have entered it in an earlier view; those of other hosts may have ended it.
+    finished the operations before, so that their data may be overwritten without a word to other hosts. begun: ranks
+    of which this one knows that they have entered it in an earlier view; those of other hosts may have ended it.
+    before: who took part in the last operation.
     """
 
     def __init__(
@@ -59,10 +61,11 @@ class Call:
         budget_s: float,
         sure: bool,
         begun: Collection[int],
+        before: Roll | None,
     ) -> None:
         self.board, self._roster, self._places, self.roll = board, roster, places, roll
         self.number, self._signature, self._budget, self._sure = number, signature, budget_s, sure
-        self._begun = begun
+        self._begun, self._before = begun, before
         self.ranks, self.me = roll.ranks, board.base.rank
         self.layout = board.base.layout
         self._round = -1
@@ -87,9 +90,10 @@ class Call:
     def part(self, rank: int, offset: int, count: int, dtype: torch.dtype) -> torch.Tensor:
         return self.board.data(rank, offset, count, dtype)
 
-    def need(self, rank: int) -> None:
-        """Raises Lost if a rank without which this operation is pointless takes no part."""
+    def need(self, rank: int) -> Steps:
+        """Raises Lost, on all ranks, if one without which this operation is pointless takes no part."""
         if rank not in self.roll.incarnations:
+            yield from self.meet()
             raise Lost([rank], f"rank {rank} takes no part in epoch {self.roll.epoch}")
 
     def need_pieces(self, pieces: Mapping[int, torch.Tensor]) -> None:
@@ -114,6 +118,8 @@ class Call:
         self._turn, self._stamp = turn, self.number << _ROUND_BITS | self._round
         self._entry = (self._stamp, self.roll.epoch, *self._signature.words(self.roll.digest))
         record = np.array(self._entry, dtype=np.uint64)
+        if self._round == 0 and not self._sure:
+            yield from self._let_others_finish()
         board.withdraw(turn, self._stamp)
         if self._places.away:
             if not self._sure:
@@ -161,6 +167,36 @@ class Call:
             raise Lost(late, f"{named(late)} went on before this rank had read", gone=False)
 
     # waiting
+
+    def _let_others_finish(self) -> Steps:
+        """After a failure: wait until nobody looks any more for what this rank published in the operation before the
+        last, which it is about to overwrite. Those who took part come to the last one, or fail there, at once."""
+        started = checked = time.monotonic()
+        behind = [
+            rank
+            for rank in self.others
+            if self._before is not None and self._before.incarnations.get(rank) == self.roll.incarnations[rank]
+        ]
+        while behind:
+            behind = [rank for rank in behind if not self._has_come_to(rank, self.number - 1)]
+            if not behind:
+                return
+            yield
+            now = time.monotonic()
+            if now - checked >= CHECK_EVERY_S:
+                checked = now
+                behind = [rank for rank in behind if not self._roster.gone(self.roll, rank)]
+                if now - started > self._budget:
+                    return
+
+    def _has_come_to(self, rank: int, number: int) -> bool:
+        """Whether a rank has entered this operation or a later one, or has finished the one before."""
+        at = self._places.others.index(rank)
+        for turn in (0, 1):
+            if int(self.board.words[self._places.stamps[turn][at]]) & _STAMP >= number << _ROUND_BITS:
+                return True
+        status = self.board.status(self._places, at, self.roll.incarnations[rank])
+        return status is not None and status.finished >= number - 1
 
     def _wait(self, pending: Pending, what: str, entering: bool) -> Steps:
         started = checked = time.monotonic()
@@ -246,13 +282,16 @@ class Call:
         return True
 
     def _follow(self) -> None:
-        """There is a new view. Raises Lost if a rank of this operation failed, else Moved."""
+        """There is a new view. Raises Lost if a rank of this operation failed, else Moved; returns if it is the same
+        after all."""
         roll = self._roster.roll()
         failed = [rank for rank in self.others if self._roster.lost(self.roll, rank)]
         if failed:
             raise Lost(failed, f"{named(failed)} failed")
-        if roll.epoch == self.roll.epoch:
-            raise MoeA2AError(f"the view of epoch {roll.epoch} changed without a new number")
+        if (roll.epoch, roll.digest) == (self.roll.epoch, self.roll.digest):
+            self.roll = roll
+            self.board.enter(self._turn, self._entry)
+            return
         entries = self.board.words[self._places.stamps[self._turn]].tolist()
         raise Moved([rank for rank, stamp in zip(self.others, entries, strict=True) if stamp == self._stamp])
 

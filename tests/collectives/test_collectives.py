@@ -216,6 +216,20 @@ def test_async_operations_end_in_any_order_of_waiting(ranks):
     ranks(_later)
 
 
+def _chained(ctx: Ctx, store: str) -> None:
+    kept(ctx, store)
+    tensor, more = torch.ones(4), []
+    work = dist.all_reduce(tensor, async_op=True)
+    chained = work.get_future().then(lambda _: more.append(dist.all_reduce(tensor, async_op=True)))
+    chained.wait()
+    more[0].wait()
+    assert bool((tensor == ctx.world**2).all())
+
+
+def test_what_is_called_at_the_end_may_begin_the_next(ranks):
+    ranks(_chained)
+
+
 def _alone_in_the_background(ctx: Ctx, store: str) -> None:
     kept(ctx, store)
     tensor = torch.ones(2 * CHUNK)

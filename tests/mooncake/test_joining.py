@@ -6,6 +6,8 @@ import contextlib
 import os
 import re
 import signal
+import threading
+import time
 
 import pytest
 import torch
@@ -186,6 +188,35 @@ def _nobody_left(ctx: Ctx) -> None:
 
 def test_a_group_that_nobody_is_left_in_goes_on_with_who_comes_back():
     run(_nobody_left, 2, dies=[0])
+
+
+def _dropped(ctx: Ctx) -> None:
+    """The process in slot 1 is ready, and dies before the one in slot 2 comes."""
+    if ctx.rank == 0:
+        init(ctx, pg.MooncakeBackendOptions(3), 1)
+        ctx.store.set("founded", "1")
+        until(lambda: all(pg.get_peer_state(world(), [1])))
+        pid = int(ctx.store.get("pid"))
+        threading.Timer(0.3, lambda: os.kill(pid, signal.SIGKILL)).start()
+        ctx.store.set("soon", "1")
+        answer = pg.activate_ranks(world(), [1, 2])
+        assert answer.status is pg.ProposalStatus.AppliedWithDroppedRanks and answer.dropped_ranks == [1], answer
+        assert answer.new_epoch == pg.get_current_epoch(world())
+    else:
+        ctx.store.wait(["founded"])
+        init(ctx, pg.MooncakeBackendOptions(3, True), 3)
+        if ctx.rank == 1:
+            ctx.store.set("pid", str(os.getpid()))
+        else:
+            ctx.store.wait(["soon"])
+            time.sleep(1.0)
+        pg.join_group(world())
+    assert total(1.0) == 2 and pg.get_active_ranks(world()).tolist() == [1, 0, 1]
+    _finish(ctx, 0, 2)
+
+
+def test_a_rank_that_is_lost_before_it_is_activated_is_dropped():
+    run(_dropped, 3, dies=[1])
 
 
 def _refused(ctx: Ctx) -> None:
