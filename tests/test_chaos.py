@@ -39,16 +39,16 @@ def test_a_group_gets_over_whatever_is_lost_and_a_run_goes_on_from_its_file(tmp_
     """With the hosts that this machine can have: namespaces, and partitions, if it is root's."""
     state, figures = tmp_path / "state", tmp_path / "chaos.json"
     given = ["--ranks", "4", "--hosts", "2", "--seed", "1", "--timeout", "3", "--resume", str(state)]
-    first = run("--kills", "4", *given)
+    first = run("--kills", "3", *given)
     assert first.returncode == 0, first.stdout + first.stderr
-    assert json.loads(state.read_text())["events"] == 4
-    second = run("--kills", "8", *given, "--json", str(figures))
+    assert json.loads(state.read_text())["events"] == 3
+    second = run("--kills", "6", *given, "--json", str(figures))
     assert second.returncode == 0, second.stdout + second.stderr
     found = json.loads(figures.read_text())
-    assert found["events"] == sum(found["counts"].values()) == 8
+    assert found["events"] == sum(found["counts"].values()) == 6
     assert not any(found["faults"].values()) and found["steps_checked"] > 100
     assert found["why_no_namespaces"] == NO_NETWORK
-    drawn = [draw(1, number, 4, 2).kind for number in range(8 + sum(found["skipped"].values()))]
+    drawn = [draw(1, number, 4, 2).kind for number in range(6 + sum(found["skipped"].values()))]
     assert Counter(drawn) == Counter(found["counts"]) + Counter(found["skipped"])
     assert not set(found["skipped"]) - set(CUTS) and (NO_NETWORK or not found["skipped"])
 
@@ -57,10 +57,10 @@ def test_a_group_gets_over_whatever_is_lost_and_a_run_goes_on_from_its_file(tmp_
 def test_a_host_that_is_cut_off_is_lost_and_comes_back_in_place(tmp_path: Path) -> None:
     """Both hosts cannot tell which of them is cut off; the one that the store does not hear finds itself outside."""
     figures = tmp_path / "chaos.json"
-    done = run("--ranks=4", "--hosts=2", "--kills=2", "--seed=0", "--only=cut host", "--json", str(figures))
+    done = run("--ranks=4", "--hosts=2", "--kills=1", "--seed=0", "--only=cut host", "--json", str(figures))
     assert done.returncode == 0, done.stdout + done.stderr
     times = json.loads(figures.read_text())["times_ms"]
-    assert times["cut host: masked"]["count"] == 2 and times["back (in place)"]["count"] == 4
+    assert times["cut host: masked"]["count"] == 1 and times["back (in place)"]["count"] == 2
 
 
 def test_events_follow_from_seed_and_number() -> None:
@@ -102,7 +102,6 @@ def test_the_command_line_knows_it() -> None:
 
 @pytest.mark.skipif(bool(NO_NETWORK), reason=NO_NETWORK)
 def test_a_network_of_namespaces_is_cut_and_healed_and_leaves_nothing() -> None:
-    before = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
     network = Network(2)
     try:
 
@@ -131,7 +130,8 @@ def test_a_network_of_namespaces_is_cut_and_healed_and_leaves_nothing() -> None:
         assert reaches(0, 1)
     finally:
         network.close()
-    assert subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout == before
+    left = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+    assert network.name(0).rpartition("-")[0] not in left
 
 
 def _one_that_is_wrong(ctx: Ctx, where: Where, what: str) -> str:

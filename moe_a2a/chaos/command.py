@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
+import signal
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -112,6 +114,7 @@ def _run(tally: Tally, kills: int, reason: str, resume: Path | None, console: Co
     ranks, hosts, kinds = given["ranks"], given["hosts"], given["kinds"]
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     network = None if reason else Network(hosts)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # which lets go of everything below
     make = partial(Group, Workload(ranks, given["seed"]), hosts, given["timeout_s"], network)
     director = Director(make, network, tally, console.print)
     shown = Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal)
