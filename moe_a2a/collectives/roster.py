@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ class Roll:
         digest = zlib.crc32(repr(sorted(incarnations.items())).encode()) & 0x7FFFFFFF
         return cls(epoch, incarnations, sequence, digest)
 
-    @property
+    @functools.cached_property
     def ranks(self) -> tuple[int, ...]:
         return tuple(sorted(self.incarnations))
 

@@ -220,7 +220,9 @@ class Call:
             statuses = [
                 self.board.status(self._places, i, self.roll.incarnations[r]) for i, r in enumerate(self.others)
             ]
-            missing = pending()  # what came before the loss was seen has been read by now
+            later = {rank for rank in self.others if self._is_later(rank)}
+            # Evidence first, then another look: what came before that evidence has been seen by then.
+            missing = pending()
             waiting = [rank for i, rank in enumerate(self.others) if missing[i]]
             if not waiting:
                 return
@@ -230,9 +232,9 @@ class Call:
             for rank, status in zip(self.others, statuses, strict=True):
                 if status is not None:
                     self._heed(rank, status, rank in waiting, now)
-            later = [rank for rank in waiting if self._is_later(rank)]
-            if later:
-                raise Lost(later, f"{named(later)} went on without this rank", gone=False)
+            ahead = later.intersection(waiting)
+            if ahead:
+                raise Lost(ahead, f"{named(sorted(ahead))} went on without this rank", gone=False)
             if now - started > self._budget:
                 evidence = f"{self._signature}{what}: sent nothing within {self._budget:g} s"
                 silent = [rank for rank in waiting if rank not in self._begun]
