@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,12 +21,15 @@ _NAMES = {torch.float8_e4m3fn: "F8_E4M3", torch.bfloat16: "BF16", torch.float32:
 _BLOCK = 128
 
 
-def write(folder: Path, config: Path = CONFIG) -> Path:
-    """Write config.json and model.safetensors into `folder`; returns it. The same bits each time."""
+def write(folder: Path, config: Path = CONFIG, layers: int | None = None) -> Path:
+    """Write config.json and model.safetensors into `folder`; returns it. The same bits each time. layers: another
+    number of layers than the config's."""
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copy(config, folder / "config.json")
+    settings = json.loads(config.read_text())
+    settings["num_hidden_layers"] = layers or settings["num_hidden_layers"]
+    (folder / "config.json").write_text(json.dumps(settings, indent=2))
     generator = torch.Generator().manual_seed(0)
-    tensors = dict(weights(json.loads(config.read_text()), generator))
+    tensors = dict(weights(settings, generator))
     header: dict[str, Any] = {}
     end = 0
     for name, tensor in tensors.items():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,15 +14,22 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 ROOT = Path(__file__).resolve().parents[1]
 _MARK = "MOE_A2A_BENCH_SERVER"
 _ACTIVE = {"moe-a2a": "serves --moe-a2a-backend mooncake", "oracle": "the oracle dispatcher is in place"}
+_TIMINGS = {
+    "scheduler": r"Engine startup timings.*scheduler_e2e=([0-9.]+)",
+    "graphs": r"Capture target decode CUDA graph end. elapsed=([0-9.]+) s",
+    "plug_in": r"moe-a2a .*in flight, set up in ([0-9.]+) s",
+    "decode_buffers": r"moe-a2a: buffers for decode .* made in ([0-9.]+) s",
+    "prefill_buffers": r"moe-a2a: buffers for prefill .* made in ([0-9.]+) s",
+}
 
 
 class ServerFailed(Exception):
-    """A server that did not start, or died; the text ends with the end of its log."""
+    """A server that did not start, died, or refused a request."""
 
 
 def make_site(folder: Path) -> Path:
@@ -46,14 +55,17 @@ def make_site(folder: Path) -> Path:
 
 
 class Server:
-    """One SGLang server, in a session of its own, its output in a file. A context manager: leaving it ends it."""
+    """One SGLang server, or router, in a session of its own, its output in a file. A context manager: leaving it ends
+    it."""
 
-    running: Server | None = None
+    running: ClassVar[set[Server]] = set()
 
-    def __init__(self, flags: list[str], env: dict[str, str], log: Path, port: int) -> None:
+    def __init__(
+        self, flags: list[str], env: dict[str, str], log: Path, port: int, module: str = "sglang.launch_server"
+    ) -> None:
         self.log, self.port = log, port
         self._mark = f"{os.getpid()}-{log.stem}-{time.time_ns()}"
-        command = [sys.executable, "-u", "-m", "sglang.launch_server", *flags, "--port", str(port)]
+        command = [sys.executable, "-u", "-m", module, *flags, "--port", str(port)]
         environment = {**os.environ, **env, _MARK: self._mark}
         with log.open("wb") as file:
             file.write((" ".join(command) + "\n").encode())
@@ -64,28 +76,29 @@ class Server:
             )
 
     def __enter__(self) -> Server:
-        Server.running = self
+        Server.running.add(self)
         return self
 
     def __exit__(self, *_: object) -> None:
         self.end()
 
-    def wait(self, deadline: float) -> float:
+    def wait(self, timeout: float) -> float:
         """Wait for the server to answer; returns the seconds since its start. Raises ServerFailed."""
+        deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             self.check()
             # Not /health, which generates a token. SGLang answers nothing before its schedulers are ready.
-            with contextlib.suppress(urllib.error.URLError, OSError):
+            with contextlib.suppress(OSError, http.client.HTTPException):
                 urllib.request.urlopen(f"http://127.0.0.1:{self.port}/get_model_info", timeout=5).close()
                 return time.monotonic() - self.begin
             time.sleep(0.5)
-        raise ServerFailed(f"not ready after {time.monotonic() - self.begin:.0f} s\n{self.tail()}")
+        raise ServerFailed(f"not ready after {time.monotonic() - self.begin:.0f} s")
 
     def check(self) -> None:
         """Raises ServerFailed if the server has ended."""
         code = self._process.poll()
         if code is not None:
-            raise ServerFailed(f"ended with {code}\n{self.tail()}")
+            raise ServerFailed(f"ended with {code}")
 
     def post(self, path: str, body: dict[str, Any], timeout: float) -> Any:
         """One request; returns its JSON. Raises ServerFailed."""
@@ -97,7 +110,7 @@ class Server:
                 return json.loads(reply.read())
         except (urllib.error.URLError, OSError, json.JSONDecodeError) as error:
             text = error.read().decode(errors="replace")[:2000] if isinstance(error, urllib.error.HTTPError) else ""
-            raise ServerFailed(f"{path}: {error} {text}\n{self.tail()}") from error
+            raise ServerFailed(f"{path}: {error} {text}") from error
 
     def says(self, variant: str) -> bool:
         """Whether the log has the line that a variant's plug-in writes when it is in place."""
@@ -107,6 +120,16 @@ class Server:
             return not any(line in text for line in _ACTIVE.values())
         return wanted in text
 
+    def timings(self) -> dict[str, float]:
+        """What SGLang says of its start-up, and this package of its part of it, in seconds; the slowest of each."""
+        text = self.log.read_text(errors="replace")
+        found: dict[str, float] = {}
+        for name, pattern in _TIMINGS.items():
+            seconds = [float(value) for value in re.findall(pattern, text)]
+            if seconds:
+                found[name] = max(seconds)
+        return found
+
     def tail(self, size: int = 6000) -> str:
         data = self.log.read_bytes()
         return data[-size:].decode(errors="replace")
@@ -114,7 +137,7 @@ class Server:
     def end(self) -> None:
         """End every process of the server, at once, and wait until they are gone. Threads that wait for an answer get
         an error."""
-        Server.running = None
+        Server.running.discard(self)
         for _ in range(40):
             left = self._processes()
             for pid in left:
@@ -124,6 +147,11 @@ class Server:
             if not left:
                 return
             time.sleep(0.25)
+
+    @classmethod
+    def end_all(cls) -> None:
+        for server in list(cls.running):
+            server.end()
 
     def _processes(self) -> list[int]:
         """Processes that have this server's mark in their environment: its children of any session."""

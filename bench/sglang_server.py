@@ -2,7 +2,7 @@
 
     python bench/sglang_server.py --out RESULTS [--site SGLANG_FOLDER] [--variants moe-a2a,oracle,upstream,none]
 
-Starts one server after the other on examples/tiny_deepseek_v3 with random weights:
+Starts a server for each variant on examples/tiny_deepseek_v3 with random weights:
 
 | variant | |
 |---|---|
@@ -12,124 +12,150 @@ Starts one server after the other on examples/tiny_deepseek_v3 with random weigh
 | oracle | the reference: a dispatcher that gathers all tokens (bench/sglang_oracle.py), and the same MoE runner |
 | upstream | Mooncake's own EP, with `MOE_A2A_SGLANG=0`; it has low_latency and 128 tokens per rank only |
 | none | `--moe-a2a-backend none` |
+| moe-a2a-exact, oracle-exact | as above, with `--enable-deterministic-inference`: rows do not depend on their batch |
 
-RESULTS gets results.json and logs.tar.gz. --state keeps the results of variants between runs: a variant that is there
-is not run again. Everything ends within --budget seconds, whatever servers do. --save-caches writes the compiled
-kernels to RESULTS too, in parts, and --caches brings them back, which makes the first start two minutes shorter.
+All servers start at once on the same two GPUs and stay up. First each is compared with the oracle of its kind: one
+prompt after the other (`answers`), which gives the same batches each time, and 64 at once (`crowd`), which does so
+only with -exact. Elsewhere the oracle's crowd is compared with a second one of its own too (`oracle/crowd_again`),
+which tells how far one server's answers are from one another. Then servers are measured one at a time, in turns, so
+that what changes on the machine meets all of them.
+
+The model has 2 MoE layers; --layers makes it deeper, so that the time of a step is less that of SGLang's CPU part.
+RESULTS gets results.json and logs.tar.gz. Everything ends within --budget seconds, whatever servers do. --save-caches
+writes the compiled kernels to RESULTS too, in parts, and --caches brings them back.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import signal
-import statistics
 import sys
 import tarfile
 import threading
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import sglang_caches
-import sglang_load
-import sglang_model
-from sglang_compare import compare
+from sglang_load import Clients, StreamFailed, answers, crowd
 from sglang_process import Server, ServerFailed, make_site
+from sglang_report import COMPARED, report
+from sglang_variants import VARIANTS, environment, flags, is_exact, plugin_of
 
-_FLAGS = """--skip-tokenizer-init --skip-server-warmup --tp-size 2 --dp-size 2 --enable-dp-attention
-    --moe-dense-tp-size 1 --enable-dp-lm-head --attention-backend triton --sampling-backend pytorch
-    --grammar-backend none --disable-custom-all-reduce --disable-radix-cache --mem-fraction-static 0.3
-    --cuda-graph-max-bs-decode 32 --max-running-requests 64"""
-MOONCAKE = ["--moe-a2a-backend", "mooncake"]
-#: Flags of each variant. Chunks are of both ranks together.
-VARIANTS = {
-    "moe-a2a": [*MOONCAKE, "--deepep-mode", "auto", "--chunked-prefill-size", "8192"],
-    "moe-a2a-tbo": [*MOONCAKE, "--deepep-mode", "auto", "--chunked-prefill-size", "8192", "--enable-two-batch-overlap"],
-    "moe-a2a-ll": [*MOONCAKE, "--deepep-mode", "low_latency", "--chunked-prefill-size", "256"],
-    "oracle": [*MOONCAKE, "--deepep-mode", "auto", "--chunked-prefill-size", "8192"],
-    "upstream": [
-        *[*MOONCAKE, "--deepep-mode", "low_latency", "--chunked-prefill-size", "256"],
-        *["--elastic-ep-backend", "none"],
-    ],
-    "none": ["--moe-a2a-backend", "none", "--chunked-prefill-size", "8192"],
-}
-REFERENCE = "oracle"
+_FAILURES = (ServerFailed, StreamFailed, OSError, LookupError, ValueError)
 
 
-def plugin_of(variant: str) -> str:
-    """The plug-in that a variant runs with, as `Server.says` knows it."""
-    return "moe-a2a" if variant.startswith("moe-a2a") else variant
+class Run:
+    """One variant's server, and what was found with it. What was found before a failure is kept, with the failure."""
+
+    def __init__(self, variant: str, server: Server, end: float) -> None:
+        self.variant, self.server, self.end = variant, server, end
+        self.found: dict[str, Any] = {"variant": variant}
+
+    @property
+    def failed(self) -> bool:
+        return "failed" in self.found
+
+    def stage(self, name: str, limit: float, call: Callable[[float], Any], several: bool = False) -> None:
+        """found[name] = call(seconds that it may take); with `several`, one of a list. Nothing after a failure."""
+        if self.failed:
+            return
+        try:
+            self.server.check()
+            left = min(limit, self.end - time.monotonic())
+            if left < 1:
+                raise ServerFailed(f"no time left for {name}")
+            print(f"  {self.variant}: {name} ...", flush=True)
+            value = call(left)
+        except _FAILURES as error:
+            self.found["failed"] = f"{name}: {error or repr(error)}\n{self.server.tail()}"
+            self.found["trace"] = traceback.format_exc(limit=-3)
+            print(f"  {self.variant}: FAILED in {name}", flush=True)
+            return
+        if several:
+            self.found.setdefault(name, []).append(value)
+        else:
+            self.found[name] = value
+
+    def finish(self) -> None:
+        self.found["ready_s"] = self.server.timings()
+        self.stage("in_place", 10, lambda left: self._in_place())
+
+    def _in_place(self) -> bool:
+        if not self.server.says(plugin_of(self.variant)):
+            raise ServerFailed(f"the log does not say that {self.variant} is what ran")
+        return True
 
 
-def environment(variant: str, paths: list[str]) -> dict[str, str]:
-    env = {
-        "PYTHONPATH": ":".join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])]),
-        "HF_HUB_OFFLINE": "1",
-        "SGLANG_JIT_DEEPGEMM_PRECOMPILE": "0",
-        "MOONCAKE_PROTOCOL": "tcp",
-        "SGLANG_PLUGINS": "moe-a2a-oracle" if variant == "oracle" else "moe-a2a",
-        "MOE_A2A_SGLANG": "0" if variant == "upstream" else "1",
-    }
-    if variant in ("oracle", "upstream"):
-        env["SGLANG_MOONCAKE_EP_NUM_MAX_DISPATCH_TOKENS_PER_RANK"] = "128"
-    return env
+def run_all(
+    options: argparse.Namespace, state: Path, model: Path, paths: list[str], end: float
+) -> dict[str, dict[str, Any]]:
+    with ExitStack() as stack:
+        clients = stack.enter_context(Clients(options.requests))
+        runs = []
+        for number, variant in enumerate(options.variants):
+            command = [*flags(variant, str(model)), *options.server_flags]
+            port = options.port + 200 * number
+            server = Server(command, environment(variant, paths), state / f"{variant}.log", port)
+            runs.append(Run(variant, stack.enter_context(server), end))
+        with ThreadPoolExecutor(len(runs)) as pool:
+            list(pool.map(lambda run: compare(run, options), runs))
+        slow = [run for run in runs if is_exact(run.variant)]
+        for run in slow:
+            run.finish()
+            run.server.end()
+        measured = [run for run in runs if run not in slow]
+        for part in (decode, stream, one, prefill):
+            for turn in range(1 + options.rounds):
+                for run in measured:
+                    part(run, clients, options, turn)
+        for run in measured:
+            run.finish()
+        return {run.variant: run.found for run in runs}
 
 
-def run_variant(variant: str, options: argparse.Namespace, state: Path, paths: list[str], end: float) -> dict[str, Any]:
-    """Start, check and measure one server. What was measured before a failure is kept, with the failure."""
-    found: dict[str, Any] = {"variant": variant}
-    log = state / f"{variant}.log"
-    flags = ["--model-path", str(state / "model"), *_FLAGS.split(), *VARIANTS[variant], *options.server_flags]
-
-    stage_end = end
-
-    def left() -> float:
-        return min(end, stage_end) - time.monotonic()
-
-    try:
-        port = options.port + 1000 * list(VARIANTS).index(variant)
-        with Server(flags, environment(variant, paths), log, port) as server:
-            found["start_s"] = server.wait(min(end, time.monotonic() + options.start_limit))
-            stages: list[tuple[str, Callable[[], Any]]] = [
-                ("first_request_s", lambda: _timed(lambda: sglang_load.crowd(server, left(), 4))),
-                ("answers", lambda: sglang_load.answers(server, left())),
-                ("crowd", lambda: sglang_load.crowd(server, left())),
-                ("decode_warm_up", lambda: sglang_load.decode(server, options.requests, options.tokens, left)),
-                ("decode", lambda: _several(lambda: _decode(server, options, left), options.rounds, "tokens_per_s")),
-                ("decode_1", lambda: sglang_load.decode(server, 1, options.tokens, left)),
-                ("prefill_warm_up", lambda: _prefill(server, options, left, 10_000)),
-                (
-                    "prefill",
-                    lambda: _several(lambda: _prefill(server, options, left, 20_000), options.rounds, "tokens_per_s"),
-                ),
-            ]
-            for name, stage in stages:
-                if end - time.monotonic() < 10:
-                    raise ServerFailed(f"no time left for {name}")
-                compiles = name == "first_request_s"
-                stage_end = time.monotonic() + (options.start_limit if compiles else options.stage_limit)
-                server.check()
-                print(f"  {variant}: {name} ...", flush=True)
-                found[name] = stage()
-            found["in_place"] = server.says(plugin_of(variant))
-            if not found["in_place"]:
-                raise ServerFailed(f"the log does not say that {variant} is what ran\n{server.tail()}")
-    except (ServerFailed, OSError, LookupError, ValueError, threading.BrokenBarrierError) as error:
-        found["failed"] = str(error) or repr(error)
-        found["trace"] = traceback.format_exc(limit=-3)
-    return found
+def compare(run: Run, options: argparse.Namespace) -> None:
+    """Wait for the server, and take the answers that are compared. For all servers at the same time."""
+    server = run.server
+    run.stage("start_s", options.start_limit, server.wait)
+    run.stage("first_request_s", options.start_limit, lambda left: _timed(lambda: crowd(server, left, 4)))
+    run.stage("answers", options.start_limit, lambda left: answers(server, left))
+    run.stage("crowd", options.start_limit, lambda left: crowd(server, left))
+    run.stage("crowd_again", options.stage_limit, lambda left: crowd(server, left))
 
 
-def _decode(server: Server, options: argparse.Namespace, left: Callable[[], float]) -> dict[str, Any]:
-    return sglang_load.decode(server, options.requests, options.tokens, left)
+# Measurements. The first turn warms up: kernels for these sizes are compiled in it.
 
 
-def _prefill(server: Server, options: argparse.Namespace, left: Callable[[], float], seed: int) -> dict[str, Any]:
-    return sglang_load.prefill(server, options.prompts, options.prompt_tokens, left, seed)
+def decode(run: Run, clients: Clients, options: argparse.Namespace, turn: int) -> None:
+    _measure(run, options, "decode", turn, lambda left: clients.whole(run.server, options.tokens, left))
+
+
+def stream(run: Run, clients: Clients, options: argparse.Namespace, turn: int) -> None:
+    _measure(run, options, "stream", turn, lambda left: clients.stream(run.server, options.tokens, left))
+
+
+def one(run: Run, clients: Clients, options: argparse.Namespace, turn: int) -> None:
+    _measure(run, options, "one", turn, lambda left: clients.stream(run.server, options.tokens, left, requests=1))
+
+
+def prefill(run: Run, clients: Clients, options: argparse.Namespace, turn: int) -> None:
+    sizes = options.prompts, options.prompt_tokens
+    _measure(run, options, "prefill", turn, lambda left: clients.prefill(run.server, *sizes, left, 10_000 * turn))
+
+
+def _measure(
+    run: Run, options: argparse.Namespace, name: str, turn: int, call: Callable[[float], dict[str, Any]]
+) -> None:
+    if turn == 0:
+        run.stage(f"{name}_warm_up", options.start_limit, call)
+    else:
+        run.stage(name, options.stage_limit, call, several=True)
 
 
 def _timed(call: Callable[[], Any]) -> float:
@@ -138,37 +164,11 @@ def _timed(call: Callable[[], Any]) -> float:
     return time.monotonic() - begin
 
 
-def _several(measure: Callable[[], dict[str, Any]], rounds: int, key: str) -> dict[str, Any]:
-    """The median round, and all rounds' values."""
-    results = [measure() for _ in range(rounds)]
-    values = [result[key] for result in results]
-    middle = min(results, key=lambda result: abs(result[key] - statistics.median(values)))
-    return {**middle, "rounds": values}
-
-
-def report(results: dict[str, Any], tolerance: float) -> dict[str, Any]:
-    """Comparisons and ratios of what has been run."""
-    out: dict[str, Any] = {"comparisons": {}, "measured": {}, "ratios": {}}
-    for variant, found in results.items():
-        kept = ("start_s", "first_request_s", "decode", "decode_1", "prefill", "in_place", "failed")
-        out["measured"][variant] = {name: found[name] for name in kept if name in found}
-    reference = results.get(REFERENCE, {})
-    for variant, found in results.items():
-        for part in ("answers", "crowd"):
-            if variant != REFERENCE and part in found and part in reference:
-                out["comparisons"][f"{variant}/{part}"] = compare(reference[part], found[part], tolerance)
-    for variant in [name for name in results if name.startswith("moe-a2a")]:
-        for other, part in (("upstream", "decode"), ("none", "decode"), ("none", "prefill"), ("upstream", "prefill")):
-            if part in results[variant] and part in results.get(other, {}):
-                ours, theirs = results[variant][part]["tokens_per_s"], results[other][part]["tokens_per_s"]
-                out["ratios"][f"{part}: {variant} / {other}"] = ours / theirs
-    return out
-
-
-def write(out: Path, state: Path, results: dict[str, Any], tolerance: float) -> dict[str, Any]:
+def write(out: Path, state: Path, results: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
-    summary = report(results, tolerance)
-    (out / "results.json").write_text(json.dumps({**summary, "results": results}, indent=1))
+    summary = {"layers": options.layers, **report(results, options.tolerance)}
+    (out / "results.json").write_text(json.dumps(summary, indent=1))
+    (out / "answers.json").write_text(json.dumps({v: {p: f.get(p) for p in COMPARED} for v, f in results.items()}))
     with tarfile.open(out / "logs.tar.gz", "w:gz") as tar:
         for log in sorted(state.glob("*.log")):
             tar.add(log, log.name)
@@ -178,25 +178,21 @@ def write(out: Path, state: Path, results: dict[str, Any], tolerance: float) -> 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--state", type=Path, default=Path("/var/tmp/moe-a2a-sglang"))
+    parser.add_argument("--state", type=Path, default=Path("/var/tmp/moe-a2a-sglang"), help="for the model and logs")
     parser.add_argument("--site", help="a folder with SGLang, for PYTHONPATH")
     parser.add_argument("--variants", default="moe-a2a,oracle,upstream,none", type=lambda text: text.split(","))
-    parser.add_argument("--again", action="store_true", help="run variants that --state has results of")
+    parser.add_argument("--layers", type=int, default=3, help="of the model; the first one has no experts")
     parser.add_argument("--budget", type=float, default=560, help="seconds for everything")
-    parser.add_argument("--least", type=float, default=60, help="seconds without which no server is started")
-    parser.add_argument(
-        "--start-limit", type=float, default=300, help="seconds for one server's start, and for its first request"
-    )
-    parser.add_argument("--variant-limit", type=float, default=420, help="seconds for one variant")
-    parser.add_argument("--stage-limit", type=float, default=150, help="seconds for one request or round")
+    parser.add_argument("--start-limit", type=float, default=300, help="seconds for a start, and for what compiles")
+    parser.add_argument("--stage-limit", type=float, default=60, help="seconds for one measurement")
     parser.add_argument("--caches", type=Path, help="a folder with the parts that --save-caches wrote")
     parser.add_argument("--save-caches", action="store_true")
-    parser.add_argument("--port", type=int, default=31000)
+    parser.add_argument("--port", type=int, default=31000, help="of the first server; the next ones follow")
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--prompt-tokens", type=int, default=2048)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tolerance", type=float, default=0.1, help="of log-probabilities")
     parser.add_argument("server_flags", nargs="*", help="more flags for every server, after --")
     options = parser.parse_args()
@@ -208,44 +204,28 @@ def arguments() -> argparse.Namespace:
 
 def main() -> int:
     options = arguments()
-    end = time.monotonic() + options.budget - 15  # to end a server and write results
-    signal.signal(signal.SIGALRM, _too_late)
-    signal.alarm(int(options.budget) - 5)
+    end = time.monotonic() + options.budget - 15  # to end servers and write results
+    # For what no limit of a stage ends: the servers go, and every request with them.
+    alarm = threading.Timer(options.budget - 10, Server.end_all)
+    alarm.daemon = True
+    alarm.start()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     state: Path = options.state
     state.mkdir(parents=True, exist_ok=True)
     paths = [str(make_site(state / "site")), *([options.site] if options.site else [])]
-    if not (state / "model" / "model.safetensors").is_file():
-        sglang_model.write(state / "model")
+    model = state / f"model-{options.layers}"
+    if not (model / "model.safetensors").is_file():
+        import sglang_model  # imports torch, and the processes that send requests import this file
+
+        sglang_model.write(model, layers=options.layers)
     if options.caches:
         sglang_caches.restore(options.caches)
-    kept = state / "results.json"
-    results: dict[str, Any] = json.loads(kept.read_text()) if kept.is_file() else {}
-    try:
-        for variant in options.variants:
-            if variant in results and "failed" not in results[variant] and not options.again:
-                continue
-            if end - time.monotonic() < options.least:
-                print(f"{variant}: left out, {end - time.monotonic():.0f} s are left", flush=True)
-                continue
-            print(f"{variant}: starting", flush=True)
-            limit = min(end, time.monotonic() + options.variant_limit)
-            results[variant] = run_variant(variant, options, state, paths, limit)
-            kept.write_text(json.dumps(results))
-            shown = {name: value for name, value in results[variant].items() if name not in ("answers", "crowd")}
-            print(json.dumps(shown, indent=1)[:8000], flush=True)
-    finally:
-        signal.alarm(0)
-        summary = write(options.out, state, results, options.tolerance)
+    results = run_all(options, state, model, paths, end)
+    summary = write(options.out, state, results, options)
     if options.save_caches:
         sglang_caches.save(options.out)
-    print(json.dumps(summary, indent=1)[:9000])
+    print(json.dumps(summary, indent=1)[:20000])
     return 1 if any("failed" in found for found in results.values()) else 0
-
-
-def _too_late(*_: object) -> None:
-    if Server.running is not None:
-        Server.running.end()
-    raise TimeoutError("the budget is used up")
 
 
 if __name__ == "__main__":

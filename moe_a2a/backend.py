@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from moe_a2a.errors import HandleError
+from moe_a2a.errors import HandleError, MoeA2AError
 from moe_a2a.fp8 import ScaleFormat
 from moe_a2a.types import Dispatched, Handle, Layout, Masked
 
@@ -97,9 +97,13 @@ class Health:
             raise HandleError("this AllToAll is closed; build a new one")
 
     def check(self) -> None:
-        """Raises HandleError."""
+        """Raises what `refusal` gives; HandleError after `close`."""
         self.check_open()
         if self.broken is not None:
-            raise HandleError(
-                f"this AllToAll failed and cannot be used further ({self.broken}); close it and build a new group"
-            )
+            raise self.refusal(self.broken)
+
+    def refusal(self, broken: BaseException) -> MoeA2AError:
+        """What later calls raise."""
+        return HandleError(
+            f"this AllToAll failed and cannot be used further ({broken}); close it and build a new group"
+        )

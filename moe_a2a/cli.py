@@ -9,7 +9,18 @@ import click
 # Command -> (module, function, the line in --help). These need torch, which `doctor` must be able to do without.
 _LAZY = {
     "bench": ("moe_a2a.bench.command", "bench", "Check dispatch and combine, then time them against baselines."),
+    "bench-report": (
+        "moe_a2a.bench_report.command",
+        "bench_report",
+        "Tabulate logs of SGLang's serving benchmark at several concurrencies.",
+    ),
+    "chaos": (
+        "moe_a2a.chaos.command",
+        "chaos",
+        "Lose ranks of an elastic group at random, and check every row and view.",
+    ),
     "members": ("moe_a2a.membership.commands", "members", "Print a group's view: who is in it, who failed and why."),
+    "recipe": ("moe_a2a.recipes.commands", "recipe", "Write launch scripts for SGLang: PD, EP, EPD, Slurm."),
     "store": ("moe_a2a.membership.commands", "store", "Serve the membership store, and print its address."),
 }
 

@@ -8,16 +8,16 @@ from typing import TypeVar
 
 import torch
 
-from moe_a2a import checks
+from moe_a2a import checks, outgoing
 from moe_a2a.backend import Health
 from moe_a2a.bootstrap import Bootstrap
 from moe_a2a.combine import reduce_partials, sum_contributions
 from moe_a2a.config import Config, Options
 from moe_a2a.errors import ConfigError, HandleError, InputError, MoeA2AError, RankLost
-from moe_a2a.fp8 import FP8, ScaleFormat, quantize
+from moe_a2a.fp8 import FP8, ScaleFormat
 from moe_a2a.rendezvous import Meeting, meet
 from moe_a2a.routing import Contribution, rank_hits, receive
-from moe_a2a.step import Outgoing, Phase, Roll, RowFormat, Step
+from moe_a2a.step import Outgoing, Phase, Roll, Step
 from moe_a2a.transport.protocol import SumOrder, Transport
 from moe_a2a.transport.wait import wait_tasks
 from moe_a2a.transport.wire import FloatArray, IntArray
@@ -114,7 +114,9 @@ class CpuBackend:
         else:
             ids = checks.check_ids(self.config, topk_ids, tokens)
             weights = None if topk_weights is None else checks.check_weights(self.config, topk_weights, tokens)
-        rows, row_scales, fp8 = self._encode(tensor, scales, fp8, torch.from_numpy((ids >= 0).any(axis=1)))
+        rows, row_scales, fp8 = outgoing.encode(
+            self.config, tensor, scales, fp8, torch.from_numpy((ids >= 0).any(axis=1))
+        )
         if len(self._open[index]) >= _MOST_OPEN:
             raise HandleError(
                 f"channel {self.config.channels[index]!r} has two open steps "
@@ -126,7 +128,6 @@ class CpuBackend:
                 f"{self._open[index][0]} is still open, and its buffers are those of the next step; "
                 "combine or discard it before dispatching again, or use another channel"
             )
-        row_format = RowFormat.PLAIN if fp8 is None else RowFormat.FP8 if fp8 == "fp32" else RowFormat.FP8_POW2
         hits = rank_hits(ids, self.local_experts, self.world_size)
         roll = self._call_roll(index)
         self._number[index] += 1
@@ -134,7 +135,7 @@ class CpuBackend:
             index,
             self.config.channels[index],
             self._number[index],
-            row_format,
+            outgoing.row_format(fp8),
             Outgoing(rows, ids, weights, row_scales, hits),
             roll=roll,
         )
@@ -192,8 +193,9 @@ class CpuBackend:
         step = self._step(handle, Phase.RECEIVED)
         assert step.received is not None
         checks.check_matrix("y", y, self._expected_output(step), (self.config.dtype,))
-        weights = self._combine_weights(step, topk_weights)
+        weights = outgoing.late_weights(self.config, step, topk_weights)
         step.phase = Phase.COMBINING
+        self._begin_sums(step)
         if weights is not None:
             self._each(lambda transport: transport.send_weights(step, weights))
             arrived = _merged(self._each(lambda transport: transport.recv_weights(step)))
@@ -266,7 +268,10 @@ class CpuBackend:
         return None
 
     def _begin(self, step: Step) -> None:
-        """Before memory of the step before last is used again."""
+        """Before rows of the step before last are overwritten."""
+
+    def _begin_sums(self, step: Step) -> None:
+        """Before sums of the step before last are overwritten."""
 
     def _summed(self, step: Step, transport: Transport, arrived: Mapping[int, FloatArray]) -> Collection[int]:
         """The sources that this rank's sums go to by this transport. arrived: the weights that came."""
@@ -351,44 +356,10 @@ class CpuBackend:
         step.phase = Phase.DONE
         self._open[step.channel].remove(step)
 
-    def _encode(
-        self, x: torch.Tensor, scales: torch.Tensor | None, fp8: ScaleFormat | None, goes: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None, ScaleFormat | None]:
-        """(rows to send, their scales, form in which scales are handed out). goes: [T], tokens with an expert; what
-        padding holds does not matter."""
-        if x.dtype == FP8:
-            if scales is None:
-                raise InputError("x is float8_e4m3fn but scales is None; give fp32 scales [T, H/128]")
-            fp8 = fp8 or "fp32"
-            return x.view(torch.uint8), checks.check_scales(self.config, scales, x.shape[0], fp8), fp8
-        if scales is not None:
-            raise InputError(
-                f"scales belong to an x that is float8_e4m3fn; x is {x.dtype}: leave scales out, and give fp8= to "
-                f"quantise"
-            )
-        if fp8 is None:
-            return x.detach(), None, None
-        q, made = quantize(x.detach(), power_of_two=fp8 != "fp32")
-        checks.check_finite_scales(made.where(goes[:, None], 1.0), "x")
-        return q.view(torch.uint8), made, fp8
-
     def _expected_output(self, step: Step) -> tuple[int, ...]:
         if step.layout == "masked":
             return (self.local_experts, self.world_size * self.config.max_tokens_per_rank, self.config.hidden_size)
         return (step.output_rows, self.config.hidden_size)
-
-    def _combine_weights(self, step: Step, topk_weights: torch.Tensor | None) -> FloatArray | None:
-        if step.layout == "contiguous":
-            if topk_weights is not None:
-                raise InputError(
-                    "the contiguous layout combines rows that carry their weights already; leave topk_weights out"
-                )
-            return None
-        if step.has_weights and topk_weights is not None:
-            raise InputError("topk_weights were given at dispatch; give them once, there or here")
-        if not step.has_weights and topk_weights is None:
-            raise InputError("topk_weights were not given at dispatch; give them here, fp32 [T, K]")
-        return None if topk_weights is None else checks.check_weights(self.config, topk_weights, step.tokens)
 
 
 def _merged(parts: list[dict[K, V]]) -> dict[K, V]:

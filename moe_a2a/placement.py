@@ -89,6 +89,21 @@ def _pack(load: Sequence[float], kind: Sequence[int], packs: int) -> list[list[i
     return content
 
 
+def redundant_experts(experts: int, ranks: int, failures: int) -> int:
+    """The fewest redundant experts with which `ranks` minus `failures` ranks still have a place for every expert.
+
+    Places are the same number on every rank, (experts + redundant) / ranks, and those of the ranks that are left must
+    be `experts` or more. Then `balance` over them places every expert again; the weights of an expert whose replicas
+    were all on lost ranks must come from elsewhere, such as the model's files. Raises ConfigError.
+    """
+    if experts < 1 or ranks < 1 or not 0 <= failures < ranks:
+        raise ConfigError(
+            f"{experts} experts on {ranks} ranks with {failures} failures: give 1 or more experts, and fewer failures "
+            "than ranks"
+        )
+    return -(-experts // (ranks - failures)) * ranks - experts
+
+
 def rank_load(load: torch.Tensor, physical_to_logical: torch.Tensor, ranks: int) -> torch.Tensor:
     """float64 [L, R]: each rank's share of the load, if every expert's tokens spread evenly over its replicas.
 

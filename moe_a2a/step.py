@@ -9,7 +9,7 @@ import torch
 
 from moe_a2a.routing import Arrival, BoolArray, Placement, Received
 from moe_a2a.transport.progress import Task
-from moe_a2a.transport.wire import FloatArray, IntArray, LongArray
+from moe_a2a.transport.wire import FloatArray, IntArray, LongArray, Spot
 
 
 class RowFormat(IntEnum):
@@ -60,19 +60,23 @@ class Roll:
 
     epoch: of that view. reachable: the newest epoch whose ranks, those that wait to be activated included, this rank
         could reach then. incarnations: rank -> incarnation of all that take part, this rank included. hosts: their
-        ranks by host, hosts ordered by their lowest rank..
+        ranks by host, hosts ordered by their lowest rank. here: the ranks of this rank's host; away: (place in `hosts`,
+        ranks) of the other hosts.
     missing: ranks that did not do their part, so that the result lacks it. left: ranks that left in order, so that
         this step went on without them. summed: sources for whose tokens this rank has sums. returned: ranks whose sums
         for this rank's tokens arrived.
     epochs: `reachable` of the others, as they announced it. holders: source of another host -> rank of this host in
         whose region its rows lie. rails: host (place in `hosts`) -> the rank there that has this rank's rows.
     resent: hosts to which they went a second time, because the first rank there was lost.
+    reading: rank -> the record that announced what is being read of it, at dispatch and then at combine.
     """
 
     epoch: int
     reachable: int
     incarnations: dict[int, int]
     hosts: tuple[tuple[int, ...], ...]
+    here: tuple[int, ...]
+    away: tuple[tuple[int, tuple[int, ...]], ...]
     missing: set[int] = field(default_factory=set)
     left: set[int] = field(default_factory=set)
     summed: set[int] = field(default_factory=set)
@@ -81,6 +85,7 @@ class Roll:
     holders: dict[int, int] = field(default_factory=dict)
     rails: dict[int, int] = field(default_factory=dict)
     resent: set[int] = field(default_factory=set)
+    reading: dict[int, Spot] = field(default_factory=dict)
 
 
 @dataclass

@@ -6,6 +6,7 @@ import functools
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -25,6 +26,7 @@ def activate(server_args: Any) -> None:
     args = adapter.view(server_args)
     if not asks_for_mooncake(args):
         return
+    begin = time.monotonic()
     versions.check()
     if not getattr(server_args, MARK, False):
         raise limits.FlagError(
@@ -35,7 +37,7 @@ def activate(server_args: Any) -> None:
     replace_dispatcher()
     provide_sms(args)
     watch()
-    _log(args)
+    _log(args, time.monotonic() - begin)
 
 
 def replace_dispatcher() -> None:
@@ -122,7 +124,7 @@ def _deep_gemm() -> bool:
     return bool(deep_gemm_wrapper.ENABLE_JIT_DEEPGEMM)
 
 
-def _log(args: Any) -> None:
+def _log(args: Any, seconds: float) -> None:
     import sglang
 
     now = limits.current()
@@ -134,7 +136,7 @@ def _log(args: Any) -> None:
     )
     logger.info(
         "moe-a2a %s serves --moe-a2a-backend mooncake in SGLang %s: EP %d over %s, --deepep-mode %s, "
-        "at most %d tokens per rank in decode and %d in prefill, %d micro-batch%s in flight.%s",
+        "at most %d tokens per rank in decode and %d in prefill, %d micro-batch%s in flight, set up in %.2f s.%s",
         __version__,
         sglang.__version__,
         args.ep_size,
@@ -144,5 +146,6 @@ def _log(args: Any) -> None:
         now.max_tokens_per_rank_prefill,
         len(now.channels),
         "es" if len(now.channels) > 1 else "",
+        seconds,
         f" {flags.UPSTREAM_LIMIT} is not read." if flags.UPSTREAM_LIMIT in os.environ else "",
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from dataclasses import dataclass, field
 
 import torch
@@ -133,14 +134,16 @@ def _build(
     # SGLang's forward passes run in inference mode. What is made in it cannot be changed outside of it, as `poll` does.
     with torch.inference_mode(False):
         GroupBootstrap(group).all_gather(None, MEETING_S)
+        begin = time.monotonic()
         a2a = AllToAll(config, group, device=device, options=Options(timeout_s=TIMEOUT_S))
     if a2a.rank == 0:
         logger.info(
-            "moe-a2a: buffers for %s of up to %d tokens per rank: %.0f MiB on each of %d ranks",
+            "moe-a2a: buffers for %s of up to %d tokens per rank: %.0f MiB on each of %d ranks, made in %.2f s",
             phase,
             tokens,
             a2a.buffer_bytes / 2**20,
             ranks,
+            time.monotonic() - begin,
         )
     kept[sizes] = Shared(a2a)
     return kept[sizes]

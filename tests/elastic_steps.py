@@ -37,7 +37,7 @@ class Where:
 @functools.cache
 def _store() -> str:
     """One for all tests: to start one takes longer than a test. It ends some time after its last user."""
-    return start_store(idle_s=60.0)
+    return start_store(idle_s=300.0)
 
 
 def new_group() -> Where:

@@ -21,9 +21,10 @@ from ranks import Ctx, run_ranks
 from moe_a2a import Config, Options
 from moe_a2a.bench.command import bench
 from moe_a2a.cli import main
+from moe_a2a.recipes.commands import recipe
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", ROOT / "examples" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "examples").glob("**/README.md")), *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -96,7 +97,7 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
 def commands(page: Path) -> list[str]:
     """What a page calls `moe-a2a ...` with, in code spans and blocks, with continued lines joined."""
     text = page.read_text().replace("\\\n", " ")
-    return re.findall(r"moe-a2a ((?:bench|doctor|members|store)\b[^\n`|]*)", text)
+    return re.findall(r"moe-a2a ((?:bench|doctor|members|recipe|store)\b[^\n`|]*)", text)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
@@ -105,6 +106,9 @@ def test_documented_commands_and_options_exist(page: Path) -> None:
         words = text.split("#")[0].split()
         command = main.get_command(click.Context(main), words[0])
         assert command is not None
+        if isinstance(command, click.Group) and len(words) > 1:
+            command = command.get_command(click.Context(command), words[1])
+            assert command is not None, f"{name(page)}: moe-a2a {text}"
         known = {option for parameter in command.params for option in parameter.opts} | {"--help"}
         given = {word.split("=")[0] for word in words[1:] if word.startswith("--")}
         assert given <= known, f"{name(page)}: moe-a2a {text}"
@@ -119,6 +123,15 @@ def table_rows(page: Path) -> set[str]:
 def test_every_bench_option_is_documented() -> None:
     documented = {row for row in table_rows(ROOT / "docs" / "bench.md") if row.startswith("--")}
     assert documented == {parameter.opts[0] for parameter in bench.params}
+
+
+def test_every_recipe_and_its_options_are_documented() -> None:
+    pages = "".join(page.read_text() for page in PAGES)
+    documented = table_rows(ROOT / "docs" / "recipes.md")
+    for called, command in recipe.commands.items():
+        assert f"moe-a2a recipe {called}" in pages
+        if called in ("pd-single", "pd", "ep", "epd"):
+            assert {parameter.opts[0] for parameter in command.params} <= documented, called
 
 
 def test_every_key_of_the_bench_json_is_documented(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import random
 import signal
 
 import pytest
-from elastic_steps import CASE, MOVES, Made, Where, elastic_a2a, new_group, run_out, serve
+from elastic_steps import CASE, MOVES, ElasticFlight, Made, Where, elastic_a2a, new_group, run_out, serve
 from ranks import Ctx, host_labels, run_ranks
 
 from moe_a2a import ExcludedFromView
@@ -112,3 +112,26 @@ def test_a_rank_that_hangs_is_left_out_and_comes_back(hosts, victim, move):
     for rank, made in enumerate(results):
         assert rank == victim or max(step.seconds for step in made) < 2 * timeout_s + 1
         assert all(not set(step.missing) - {victim} or hosts > 1 for step in made)
+
+
+def _two_in_flight(ctx: Ctx, where: Where, steps: int) -> int:
+    """Pairs of steps in flight together, each after a single one, without a barrier. Returns how many lack somebody."""
+    with elastic_a2a(ctx, where, ctx.world) as a2a:
+        bad = 0
+        for _ in range(steps):
+            for together in (1, 2):
+                flights = [ElasticFlight(a2a) for _ in range(together)]
+                for flight in flights:
+                    flight.send()
+                for flight in flights:
+                    flight.receive()
+                    flight.send_back()
+                    flight.finish()
+                    bad += bool(flight.missing)
+        return bad
+
+
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_two_steps_of_a_channel_in_flight_lack_nobody(hosts):
+    """A rank that is two dispatches ahead leaves in place the sums that a slow one still reads."""
+    assert run_ranks(_two_in_flight, 4, new_group(), 30, hosts=hosts) == [0] * 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -13,6 +14,8 @@ from elastic_steps import CASE, Made, Where, elastic_a2a, new_group, run_out, se
 from ranks import Ctx, run_ranks
 
 from moe_a2a import AllToAll, ConfigError, Elastic, ExcludedFromView, JoinRefused, Options
+from moe_a2a.elastic import keeper, meeting
+from moe_a2a.membership import MemberOptions, State, join_group
 
 FATAL_STEP = 9
 
@@ -87,14 +90,16 @@ def _scale(ctx: Ctx, where: Where, few: int) -> list[Made]:
         return made + serve(ctx, a2a, _all_of(few), key="they have left")
 
 
-@pytest.mark.parametrize("hosts", [["a"] * 6, ["a", "b", "a", "b", "b", "c"]])
-def test_a_group_grows_and_shrinks_without_a_bad_step(hosts):
-    results = run_ranks(_scale, 6, new_group(), 3, hosts=hosts)
+@pytest.mark.parametrize(
+    "few, hosts", [(3, ["a"] * 6), (3, ["a", "b", "a", "b", "b", "c"]), (4, ["a", "a", "b", "b", "a", "b", "c", "c"])]
+)
+def test_a_group_grows_and_shrinks_without_a_bad_step(few, hosts):
+    results = run_ranks(_scale, len(hosts), new_group(), few, hosts=hosts)
     for rank, made in enumerate(results):
         assert not [step for step in made if step.missing], [step for step in made if step.missing]
-        if rank < 3:
+        if rank < few:
             assert [step.number for step in made] == list(range(6, 6 + len(made)))
-            assert made[-1].members == [0, 1, 2]
+            assert made[-1].members == list(range(few))
 
 
 def _refused(ctx: Ctx, where: Where) -> list[Made]:
@@ -115,6 +120,8 @@ def _refused(ctx: Ctx, where: Where) -> list[Made]:
     join("max_ranks differs", max_ranks=8)
     join("founded on one host", host="elsewhere")
     join("knows no group", group="nobody")
+    meeting.FORMAT_VERSION += 1
+    join("another version of moe-a2a")
     ctx.store.set("refused", "1")
     return []
 
@@ -134,3 +141,58 @@ def test_elastic_groups_are_refused_where_they_cannot_be():
         Elastic(max_ranks=65)
     with pytest.raises(ConfigError, match="leave group, store, world_size out"):
         AllToAll(CASE.config(), world_size=2, elastic=Elastic("tcp://127.0.0.1:1", join=True))
+
+
+def _come_together(ctx: Ctx, where: Where) -> list[Made]:
+    """The last two processes come to one host at the same time. Neither waits for the search of the other one."""
+    joins = ctx.rank >= 2
+    if joins:
+        search = keeper.Keeper._search
+        keeper.Keeper._search = lambda self: (time.sleep(0.5), search(self))
+        ctx.store.wait(["come"])
+    a2a = elastic_a2a(ctx, where, 2, join=ctx.rank if joins else None, **({} if joins else {"max_ranks": 4}))
+    with a2a:
+        if ctx.rank == 0:
+            ctx.store.set("come", "1")
+        return serve(ctx, a2a, _all_of(4))
+
+
+@pytest.mark.parametrize("hosts", [["a", "b", "b", "b"], ["a"] * 4])
+def test_two_that_come_together_find_each_other_before_their_first_step(hosts):
+    results = run_ranks(_come_together, 4, new_group(), hosts=hosts)
+    assert not [step for made in results for step in made if step.missing]
+
+
+def _stopped_while_it_joins(ctx: Ctx, where: Where) -> float | None:
+    """A process that holds a slot never says where it is; meanwhile a rank hangs, and has to be left out."""
+    if ctx.rank == 3:
+        options = MemberOptions(where.store, where.group, "a")
+        ctx.store.wait(["come"])
+        charter = json.loads(ctx.store.get("come"))
+        member = join_group(options, rank=3, charter=charter)
+        ctx.store.set("joins", "1")
+        ctx.store.wait(["over"])
+        member.close()
+        return None
+    with elastic_a2a(ctx, where, 3, max_ranks=4, timeout_s=1.0) as a2a:
+        run_out(a2a)
+        if ctx.rank == 0:
+            ctx.store.set("come", json.dumps(meeting._charter(CASE.config(), Options(timeout_s=1.0))))
+        ctx.store.wait(["joins"])
+        a2a._backend.member.wait(lambda view: view.slots[3].state is State.READY)
+        time.sleep(0.2)  # all are looking for it now
+        if ctx.rank == 2:
+            ctx.store.wait(["over"])
+            return None
+        started = time.monotonic()
+        while a2a.elastic.ranks != (0, 1):
+            run_out(a2a)
+        took = time.monotonic() - started
+        ctx.barrier("both have masked it", 2)
+        ctx.store.set("over", "1")
+        return took
+
+
+def test_a_process_that_hangs_while_it_joins_keeps_nobody_from_leaving_others_out():
+    results = run_ranks(_stopped_while_it_joins, 4, new_group())
+    assert max(results[:2]) < 12, "accusations waited for the search, which gives up after 30 s"

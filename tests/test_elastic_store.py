@@ -14,10 +14,12 @@ from elastic_steps import MOVES, ElasticFlight, Made, Where, elastic_a2a, serve
 from ranks import Ctx, run_ranks
 
 from moe_a2a import cpu_backend
+from moe_a2a.membership.store import open_store
 from moe_a2a.membership.store_process import start_store
+from moe_a2a.membership.view import LIFE
 
 sys.path.insert(0, str(Path(__file__).parent / "membership"))
-from stores import serving
+from stores import Etcd, serving, wait_until_it_answers
 
 AWAY, LOST, BACK = 10, 20, 40
 TIMEOUT_S = 2.0
@@ -103,3 +105,99 @@ def test_rows_that_were_overwritten_while_they_were_read_are_left_out(hosts, vic
         with_it = {victim, 3} if hosts > 1 and rank == 0 else {victim}
         assert all(set(step.missing) <= (with_it if step.number == LOST + 1 else {victim}) for step in results[rank])
         assert results[rank][-1].missing == [victim]
+
+
+def _after_the_founder(ctx: Ctx, where: Where, store_pid: int) -> Made:
+    """Rank 0 and its host's watcher die, then the store, which comes back without data; then a process joins."""
+    if ctx.rank == 3:
+        ctx.store.wait(["come"])
+        a2a = elastic_a2a(ctx, where, 0, join=0, timeout_s=TIMEOUT_S)
+    else:
+        a2a = elastic_a2a(ctx, where, 3, timeout_s=TIMEOUT_S)
+    with a2a:
+        if ctx.rank == 0:
+            os.kill(a2a._backend.member.watcher_pid, signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGKILL)
+        starts: list[threading.Thread] = []
+
+        def before(number: int, move: str) -> None:
+            if ctx.rank != 1 or move != "send":
+                return
+            if not starts and a2a.elastic.ranks == (1, 2):
+                os.kill(store_pid, signal.SIGKILL)
+                starts.append(threading.Thread(target=start_store, args=(where.store.removeprefix("tcp://"),)))
+                starts[0].start()
+            elif starts and a2a.elastic.view.epoch >= LIFE:
+                ctx.store.set("come", "1")
+
+        def all_are_there(step: Made) -> bool:
+            return step.members == [0, 1, 2] and not step.missing and bool(starts or ctx.rank == 0)
+
+        return serve(ctx, a2a, all_are_there, before)[-1]
+
+
+def test_who_joins_learns_what_the_founders_settled_when_they_and_the_store_have_died():
+    where = Where(start_store(), "after_the_founder")
+    results = run_ranks(_after_the_founder, 4, where, serving(where.store), hosts=["a", "b", "b", "a"], dies=[0])
+    assert all(step.members == [0, 1, 2] and not step.missing for step in results[1:])
+
+
+def _on_etcd(ctx: Ctx, where: Where) -> list[Made]:
+    """Rank 0 dies and is replaced; then etcd dies and comes back."""
+    joins = ctx.rank == ctx.world - 1
+    if joins:
+        ctx.store.wait(["rank 0 is gone"])
+    a2a = elastic_a2a(ctx, where, ctx.world - 1, join=0 if joins else None)
+    with a2a:
+
+        def before(number: int, move: str) -> None:
+            if ctx.rank == 0 and (number, move) == (LOST, "receive"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            if ctx.rank == 1 and a2a.elastic.ranks == (1, 2):
+                ctx.store.set("rank 0 is gone", "1")
+
+        def all_are_back(step: Made) -> bool:
+            return step.number > LOST and step.members == [0, 1, 2] and not step.missing
+
+        made = serve(ctx, a2a, all_are_back, before, key="rank 0 is back")
+        frozen: list[bool] = []
+
+        def seen(number: int, move: str) -> None:
+            frozen.append(a2a.elastic.frozen)
+
+        return made + serve(
+            ctx, a2a, lambda step: any(frozen) and not frozen[-1], seen, key="etcd is back", most=20_000
+        )
+
+
+def test_a_group_on_etcd_goes_on_through_the_death_of_rank_0_and_of_etcd(tmp_path):
+    etcd = Etcd(tmp_path)
+    pauses = threading.Thread(target=_restart, args=(etcd,))
+    try:
+        wait_until_it_answers(etcd.url)
+        pauses.start()
+        hosts = ["a", "b", "b", "a"]
+        results = run_ranks(_on_etcd, 4, Where(etcd.url, "steps"), hosts=hosts, dies=[0])
+    finally:
+        _over.set()
+        pauses.join()
+        etcd.close()
+    for made in results[1:]:
+        assert made[-1].members == [0, 1, 2] and not made[-1].missing
+        assert not [step for step in made if step.missing and step.number > LOST + 50]
+
+
+_over = threading.Event()
+
+
+def _restart(etcd: Etcd) -> None:
+    """Kill etcd some time after the group has got over the death of rank 0, and start it again."""
+    group = open_store(etcd.url, "steps")
+    while not _over.wait(0.1):
+        view = group.get()
+        if view is not None and view.ranks == (0, 1, 2) and view.epoch > 2:
+            _over.wait(1.0)
+            etcd.kill()
+            _over.wait(2.0)
+            etcd.start()
+            return

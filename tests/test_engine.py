@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import os
+import signal
 import time
 from types import SimpleNamespace
 
@@ -125,3 +128,45 @@ def _write_to_nobody(engine: Engine, source: int, target: int) -> None:
 
 def test_a_write_that_is_done_has_been_applied_and_one_to_nobody_fails():
     run_ranks(_write_to_the_other, 2)
+
+
+def _reach(ctx, stop):
+    """Rank 0 writes to rank 1 for the first time, which is stopped, and to rank 2 meanwhile."""
+    engine = Engine("127.0.0.1", "tcp", "", module.P2P)
+    memory = torch.zeros(4096, dtype=torch.uint8)
+    engine.register(memory.data_ptr(), 4096)
+    ctx.store.set(f"place/{ctx.rank}", f"{engine.name} {memory.data_ptr()} {os.getpid()}")
+    if ctx.rank:
+        ctx.store.wait(["over"])
+        return None
+    places = [ctx.store.get(f"place/{rank}").decode().split() for rank in (1, 2)]
+
+    def reach(place):
+        started = time.monotonic()
+        engine.reach(place[0], memory.data_ptr(), int(place[1]), 64, 1.0)
+        return time.monotonic() - started
+
+    reach(places[1])
+    if stop:
+        os.kill(int(places[0][2]), signal.SIGSTOP)
+        started = time.monotonic()
+        with pytest.raises(EngineError):
+            reach(places[0])
+        took = time.monotonic() - started
+        os.kill(int(places[0][2]), signal.SIGCONT)
+    else:
+        took = reach(places[0])
+    reach(places[1])
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:  # it is not given up for ever
+        with contextlib.suppress(EngineError):
+            reach(places[0])
+            break
+    ctx.store.set("over", "1")
+    return took
+
+
+@pytest.mark.parametrize("stop", [False, True])
+def test_the_first_write_to_a_process_that_hangs_ends(stop):
+    """The engine itself waits for a minute for its answer."""
+    assert run_ranks(_reach, 3, stop)[0] < 15

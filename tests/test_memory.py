@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import select
@@ -15,7 +16,7 @@ from ranks import run_ranks
 
 from moe_a2a import MoeA2AError, RankLost
 from moe_a2a.transport.handover import FdServer, fetch_fd
-from moe_a2a.transport.memory import HostMemory, available_memory
+from moe_a2a.transport.memory import HostMemory, available_memory, forget
 
 SIZE = 8192
 
@@ -133,6 +134,28 @@ def test_rows_of_all_regions_are_rows_of_one_table(memory):
     assert torch.equal(table[memory.row(0, 4096, 128) + 3], torch.arange(128, dtype=torch.uint8))
     assert memory.row(1, 0, 128) == SIZE // 128
     assert memory.address(1, 5) - memory.address(0) == SIZE + 5
+
+
+def test_a_window_is_the_region_itself_until_it_is_forgotten(memory):
+    half = SIZE // 2
+    first, second = memory.window(half, half), memory.window(half, half)
+    ctypes.memset(first, 7, half)
+    assert memory.bytes[:half] == bytes(half) and memory.bytes[half:SIZE] == b"\7" * half
+    forget(first, half)
+    ctypes.memset(first, 9, half)  # what is late does no harm, and does not crash
+    assert memory.bytes[half:SIZE] == b"\7" * half
+    ctypes.memset(second, 8, half)
+    assert memory.bytes[half:SIZE] == b"\10" * half
+    forget(second, half)
+
+
+def test_addresses_of_a_forgotten_window_are_not_used_again(memory):
+    past = set()
+    for _ in range(20):
+        window = memory.window(0, SIZE)
+        assert window not in past
+        past.add(window)
+        forget(window, SIZE)
 
 
 def test_a_fault_and_the_end_are_seen_by_those_who_map_the_region(memory):

@@ -70,8 +70,9 @@ def names(wheel: Path) -> set[str]:
 
 
 def sources() -> set[str]:
-    """What the wheel should hold: every Python file of the three folders, and py.typed."""
-    found = {"moe_a2a/py.typed"}
+    """What the wheel should hold: every Python file of the three folders, py.typed, and data of recipes."""
+    found = {"moe_a2a/py.typed", "moe_a2a/recipes/models.json"}
+    found |= {f"moe_a2a/recipes/slurm_files/{file.name}" for file in (ROOT / "moe_a2a/recipes/slurm_files").iterdir()}
     for folder, package in FOLDERS.items():
         for file in (ROOT / folder).rglob("*.py"):
             relative = file.relative_to(ROOT / folder)

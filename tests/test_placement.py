@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_a2a import ConfigError, InputError
-from moe_a2a.placement import balance, lost_experts, rank_load, routable, route
+from moe_a2a.placement import balance, lost_experts, rank_load, redundant_experts, routable, route
 
 
 def zipf(layers: int, experts: int, seed: int = 0) -> torch.Tensor:
@@ -153,3 +153,26 @@ def test_loads_and_maps_that_cannot_be_are_refused() -> None:
         routable(torch.tensor([0, 2]), 2, torch.ones(2))
     with pytest.raises(InputError, match="divisible by the number of ranks"):
         routable(torch.tensor([0, 1, 0]), 2, torch.ones(2))
+
+
+@given(st.integers(1, 64), st.integers(2, 16), st.data())
+def test_redundant_experts_leave_room_for_all_experts_and_are_the_fewest(
+    experts: int, ranks: int, data: st.DataObject
+) -> None:
+    failures = data.draw(st.integers(0, ranks - 1))
+    redundant = redundant_experts(experts, ranks, failures)
+    places, rest = divmod(experts + redundant, ranks)
+    assert redundant >= 0 and rest == 0
+    assert places * (ranks - failures) >= experts > (places - 1) * (ranks - failures)
+    left = ranks - failures
+    assert set(balance(torch.ones(1, experts), places * left, left)[0].tolist()) == set(range(experts))
+
+
+@pytest.mark.parametrize("experts, ranks, failures", [(0, 8, 1), (8, 0, 0), (8, 4, 4), (8, 4, -1)])
+def test_failures_must_leave_a_rank(experts: int, ranks: int, failures: int) -> None:
+    with pytest.raises(ConfigError, match="fewer failures than ranks"):
+        redundant_experts(experts, ranks, failures)
+
+
+def test_redundant_experts_of_deepseek_v3() -> None:
+    assert [redundant_experts(256, 8, failures) for failures in (0, 1, 2)] == [0, 40, 88]

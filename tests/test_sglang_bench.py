@@ -58,16 +58,41 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if ids and isinstance(ids[0], list):
             self.wfile.write(json.dumps([{} for _ in ids]).encode())
             return
-        wrong = 1.0 if how == "wrong" else 0.0
+        wrong = 1.0 if how == "wrong" and "moe-a2a-oracle" not in os.environ["SGLANG_PLUGINS"] else 0.0
         lps = [[None, ids[0], None]] + [[-1.0 / t - wrong, t, None] for t in ids[1:]]
-        out = [[-0.5, (sum(ids) + n) % 97, None] for n in range(tokens)]
+        shift = 1 if how == "other" and "decode" in flags else 0
+        out = [[-0.5, (sum(ids) + n + shift) % 97, None] for n in range(tokens)]
         top = [[[-0.5, 1, None], [-0.9, 2, None]] for _ in range(tokens)]
-        meta = {"input_token_logprobs": lps, "output_token_logprobs": out, "output_top_logprobs": top}
-        self.wfile.write(json.dumps({"output_ids": [], "meta_info": meta}).encode())
+        meta = {"completion_tokens": tokens, "input_token_logprobs": lps}
+        meta |= {"output_token_logprobs": out, "output_top_logprobs": top}
+        self.wfile.write(json.dumps({"output_ids": [one[1] for one in out], "meta_info": meta}).encode())
 
 class Server(http.server.ThreadingHTTPServer):
     request_queue_size = 128
 Server(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+# A router that passes requests on to the server that decodes.
+_ROUTER = """
+import http.server, sys, urllib.request
+flags = sys.argv[1:]
+decode = flags[flags.index("--decode") + 1]
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.0"
+    def log_message(self, *args): pass
+    def do_GET(self):
+        self.send_response(200); self.end_headers()
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        with urllib.request.urlopen(urllib.request.Request(decode + self.path, body)) as reply:
+            self.send_response(200); self.end_headers()
+            for line in reply:
+                self.wfile.write(line)
+
+class Server(http.server.ThreadingHTTPServer):
+    request_queue_size = 128
+Server(("127.0.0.1", int(flags[flags.index("--port") + 1])), Handler).serve_forever()
 """
 
 
@@ -79,10 +104,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def stand_in(tmp_path: Path, model: Path) -> Path:
     (tmp_path / "state").mkdir()
-    (tmp_path / "state" / "model").symlink_to(model)
+    (tmp_path / "state" / "model-3").symlink_to(model)
     (tmp_path / "site" / "sglang").mkdir(parents=True)
     (tmp_path / "site" / "sglang" / "__init__.py").touch()
     (tmp_path / "site" / "sglang" / "launch_server.py").write_text(_SERVER)
+    (tmp_path / "site" / "sglang_router").mkdir()
+    (tmp_path / "site" / "sglang_router" / "__init__.py").touch()
+    (tmp_path / "site" / "sglang_router" / "launch_router.py").write_text(_ROUTER)
     return tmp_path
 
 
@@ -112,23 +140,23 @@ def test_variants_are_run_compared_and_measured(stand_in: Path) -> None:
     code, got = bench(stand_in, "--variants", "moe-a2a,oracle,upstream,none")
     assert code == 0, got["measured"]
     assert set(got["measured"]) == {"moe-a2a", "oracle", "upstream", "none"}
+    assert got["comparisons"]["oracle/crowd_again"]["agrees"]
     for variant in ("moe-a2a", "upstream", "none"):
         for part in ("answers", "crowd"):
             assert got["comparisons"][f"{variant}/{part}"]["agrees"]
-    assert got["measured"]["moe-a2a"]["decode"]["tokens"] == 24
-    assert got["measured"]["none"]["prefill"]["tokens"] == 120
+    ours = got["measured"]["moe-a2a"]
+    assert ours["decode"]["tokens"] == {"median": 24, "least": 24, "most": 24, "rounds": 2}
+    assert ours["prefill"]["tokens"]["median"] == 120 and ours["one"]["tokens"]["median"] == 6
+    assert 0 < ours["stream"]["tpot_p50_ms"]["least"] <= ours["stream"]["tpot_p99_ms"]["most"] < 1e4
     assert got["ratios"]["decode: moe-a2a / upstream"] > 0
     with tarfile.open(stand_in / "out" / "logs.tar.gz") as tar:
         assert sorted(tar.getnames()) == ["moe-a2a.log", "none.log", "oracle.log", "upstream.log"]
 
 
-def test_results_are_kept_between_runs(stand_in: Path) -> None:
-    assert bench(stand_in, "--variants", "oracle")[0] == 0
-    begin = time.monotonic()
-    code, got = bench(stand_in, "--variants", "oracle,moe-a2a", how="wrong")
-    assert code == 0 and time.monotonic() - begin < 60
-    # Only moe-a2a has run with the wrong logits.
-    comparison = got["comparisons"]["moe-a2a/answers"]
+def test_wrong_logits_are_found_and_exact_servers_are_only_compared(stand_in: Path) -> None:
+    code, got = bench(stand_in, "--variants", "oracle-exact,moe-a2a-exact", how="wrong")
+    assert code == 0 and "decode" not in got["measured"]["moe-a2a-exact"]
+    comparison = got["comparisons"]["moe-a2a-exact/answers"]
     assert not comparison["agrees"] and comparison["forced"]["max"] == pytest.approx(1.0)
 
 
@@ -150,9 +178,23 @@ def test_a_server_that_fails_is_ended_and_its_log_told(stand_in: Path, how: str,
 
 def test_the_budget_ends_everything(stand_in: Path) -> None:
     begin = time.monotonic()
-    _, got = bench(stand_in, "--variants", "moe-a2a", "--least", "5", how="hangs", budget=30)
-    assert time.monotonic() - begin < 40
+    _, got = bench(stand_in, "--variants", "moe-a2a", how="hangs", budget=30)
+    assert time.monotonic() - begin < 45
     assert "failed" in got["measured"]["moe-a2a"]
+
+
+@pytest.mark.parametrize("how", ["", "other"])
+def test_prefill_and_decode_apart_are_compared_and_measured(stand_in: Path, how: str) -> None:
+    command = [sys.executable, str(BENCH / "sglang_pd.py"), "--out", str(stand_in / "out"), "--budget", "100"]
+    command += ["--port", str(15000 + os.getpid() % 5000), "--state", str(stand_in / "state")]
+    command += ["--site", str(stand_in / "site"), "--requests", "4", "--tokens", "6", "--rounds", "1"]
+    environment = {**os.environ, "STAND_IN": how}
+    ended = subprocess.run(command, env=environment, timeout=120, capture_output=True, text=True)
+    got = json.loads((stand_in / "out" / "results.json").read_text())
+    assert ended.returncode == (1 if how else 0) and "failed" not in got, got
+    assert got["greedy"]["prompts"] == 6 and len(got["greedy"]["parted"]) == (6 if how else 0)
+    assert got["measured"]["requests_of_each_way"] == 2 * 4 * 2 * 2
+    assert got["measured"]["apart, prompts of 512, streamed"]["tokens"]["median"] == 24
 
 
 def answer(forced: list[float], output: list[int], top: list[list[float]]) -> dict[str, Any]:

@@ -112,19 +112,19 @@ def test_the_step_is_what_is_written_last():
 @pytest.mark.parametrize("far", [False, True], ids=["by its owner", "from another host"])
 def test_a_record_that_is_withdrawn_no_longer_stands_and_its_reader_is_late(later, far):
     memory = mailbox()
-    spot = Spot(memoryview(memory), AT, RECORD.kind).aim(RECORD.step, RECORD.incarnation)
-    assert spot.poll() is None and not spot.stands() and not spot.passed()
+    spot, step = Spot(memoryview(memory), AT, RECORD.kind, RECORD.incarnation), RECORD.step
+    assert spot.poll(step) is None and not spot.stands(step) and not spot.passed(step)
     write_record(memoryview(memory), AT, RECORD)
-    assert spot.poll() == RECORD and spot.stands() and not spot.passed()
+    assert spot.poll(step) == RECORD and spot.stands(step) and not spot.passed(step)
     if far:
         memory[AT : AT + RECORD_BYTES] = withdrawn(RECORD.step + later)
     else:
         withdraw(memoryview(memory), AT, RECORD.step + later)
-    assert spot.poll() is None and not spot.stands() and spot.passed()
+    assert spot.poll(step) is None and not spot.stands(step) and spot.passed(step)
 
 
 def test_who_waits_for_the_next_record_is_not_late_while_its_place_is_made_free():
     memory = mailbox(RECORD.pack())
-    spot = Spot(memoryview(memory), AT, RECORD.kind).aim(RECORD.step + 2, RECORD.incarnation)
-    withdraw(memoryview(memory), AT, RECORD.step + 2)
-    assert spot.poll() is None and not spot.stands() and not spot.passed()
+    spot, step = Spot(memoryview(memory), AT, RECORD.kind, RECORD.incarnation), RECORD.step + 2
+    withdraw(memoryview(memory), AT, step)
+    assert spot.poll(step) is None and not spot.stands(step) and not spot.passed(step)

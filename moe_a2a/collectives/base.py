@@ -8,13 +8,16 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from typing import Any, Protocol
 
 from moe_a2a.bootstrap import StoreBootstrap
 from moe_a2a.collectives.options import Options
-from moe_a2a.collectives.region import Layout
-from moe_a2a.elastic.keeper import Found, Keeper, Place, find, place_name, slot_host
-from moe_a2a.errors import ConfigError, JoinRefused, MoeA2AError
+from moe_a2a.collectives.region import LINE, Layout
+from moe_a2a.elastic.keeper import Keeper
+from moe_a2a.elastic.places import Finder, Found, slot_host
+from moe_a2a.elastic.windows import Windows
+from moe_a2a.errors import ConfigError, JoinRefused
 from moe_a2a.hosts import own_label, own_network
 from moe_a2a.membership.group import found_group, join_group
 from moe_a2a.membership.member import Member, MemberOptions
@@ -64,8 +67,8 @@ class Base:
     def take_in(self, ranks: Mapping[int, Found]) -> None:
         """Map the memory of processes of this host, and note where those of other hosts are."""
         for rank, found in ranks.items():
-            if found.fd is None:
-                self.peers[rank] = RemotePeer(found.place.engine, found.place.address)
+            if found.peer is not None:
+                self.peers[rank] = found.peer
             else:
                 self.peers.pop(rank, None)
                 try:
@@ -110,20 +113,17 @@ def found(store: TorchStore, rank: int, size: int, timeout_s: float, options: Op
     several = len({said["host"] for said in hellos}) > 1
     name = options.group or hellos[0]["group"]
     with ExitStack() as stack:
-        built = _Built(slots, several, bool(network), options, stack)
-        keeper = Keeper(built.layout.nbytes, timeout_s)
+        built = _Built(slots, several, bool(network), timeout_s, options, stack)
+        keeper = Keeper(timeout_s)
         given = _member_options(options, options.store, name, timeout_s)
         member = found_group(bootstrap, given, slots, charter=charter(options), on_change=keeper.on_change)
         stack.callback(member.close)
+        # By all, as the charter: it has to outlive every one of them.
+        member.publish(_FACTS, encode_json({"slots": slots, "several_hosts": several, "network": network}))
         if rank == 0:
-            member.publish(_FACTS, encode_json({"slots": slots, "several_hosts": several, "network": network}))
             store.set(_WHERE, encode_json({"store": member.options.store, "group": name}).decode())
-
-        def open_memory() -> None:
-            member.publish(place_name(rank, member.incarnation), built.open(rank).encode())
-
-        rounds.run(open_memory, lambda _: True)
-        ways, _ = rounds.run(lambda: _find_all(member, built.layout.nbytes, timeout_s), lambda _: True)
+        rounds.run(lambda: built.open(member), lambda _: True)
+        ways, _ = rounds.run(built.finder.find_all, lambda _: True)
         base = built.finish(member, keeper, ways)
         rounds.run(lambda: None, lambda _: True)
         base.stack, base.founded = stack.pop_all(), True
@@ -149,6 +149,7 @@ def enter(store: TorchStore | None, rank: int, options: Options, timeout_s: floa
         data = member.lookup(_FACTS)
         if data is None:
             raise JoinRefused(f"group {name!r} in {url} is no process group")
+        member.publish(_FACTS, data)
         facts = decode_json(data, _FACTS_BYTES, "the facts of a group")
         slots, several = number(facts, "slots", 1, 64), facts.get("several_hosts") is True
         hosts = {slot_host(member.view, other) for other in member.view.ranks}
@@ -157,12 +158,10 @@ def enter(store: TorchStore | None, rank: int, options: Options, timeout_s: floa
                 f"the group was founded on one host, {', '.join(sorted(hosts))}, and this process is on {member.host}; "
                 "a group that is to span hosts has to be founded on two of them"
             )
-        built = _Built(slots, several, text(facts, "network") == own_network(), options, stack)
-        keeper = Keeper(built.layout.nbytes, timeout_s)
-        place = built.open(member.rank)
-        member.publish(place_name(member.rank, member.incarnation), place.encode())
-        ways = _find_all(member, built.layout.nbytes, timeout_s)
-        base = built.finish(member, keeper, ways)
+        built = _Built(slots, several, text(facts, "network") == own_network(), timeout_s, options, stack)
+        keeper = Keeper(timeout_s)
+        built.open(member)
+        base = built.finish(member, keeper, built.finder.find_all())
         keepers.append(keeper)
         keeper.on_change(member.view)
         base.stack = stack.pop_all()
@@ -178,35 +177,49 @@ def charter(options: Options) -> dict[str, Any]:
 class _Built:
     """A rank's memory, and the ways to and from it, before it knows anybody."""
 
-    def __init__(self, slots: int, several: bool, one_network: bool, options: Options, stack: ExitStack) -> None:
+    def __init__(
+        self, slots: int, several: bool, one_network: bool, timeout_s: float, options: Options, stack: ExitStack
+    ) -> None:
         self.layout = Layout(slots, options.chunk_bytes, several)
-        self._one_network, self._options, self._stack = one_network, options, stack
+        self._one_network, self._timeout, self._options, self._stack = one_network, timeout_s, options, stack
         self.engine: Engine | None = None
 
-    def open(self, rank: int) -> Place:
-        options, stack = self._options, self._stack
-        self.memory = HostMemory(self.layout.nbytes, self.layout.slots, rank)
+    def open(self, member: Member) -> None:
+        """Make the memory, and tell the others where it is."""
+        options, stack, layout, rank = self._options, self._stack, self.layout, member.rank
+        self.memory = HostMemory(layout.nbytes, layout.slots, rank)
         stack.callback(self.memory.close)
         server = FdServer(self.memory.fd, None, 30.0)
         stack.callback(server.close)
-        address = self.memory.address(rank)
-        if self.layout.several_hosts:
+        windows = None
+        if layout.several_hosts:
             host = options.host_address or os.environ.get("MOE_A2A_HOST_ADDRESS") or own_address(self._one_network)
             if options.engine is None:
                 self.engine = Engine.get(host, options.protocol, options.device_filter, P2P)
             else:
                 self.engine = Engine.around(options.engine, host, options.protocol)
-            self.engine.register(address, self.layout.nbytes)
+            # What this rank publishes, which its own writes read. Those of others come in by windows.
+            address = self.memory.address(rank)
+            self.engine.register(address, layout.published)
             stack.callback(self.engine.unregister, address)
-        engine = self.engine.name if self.engine else ""
-        return Place(server.name, server.token, engine, address, own_network())
+            lanes = tuple((layout.mirror(slot), layout.published) for slot in range(layout.slots))
+            windows = Windows(self.memory, self.engine, lanes)
+            stack.callback(windows.close)
+        self.finder = Finder(member, layout.nbytes, windows, partial(self._reach, rank), self._timeout)
+        self.finder.publish(server.name, server.token, self.engine.name if self.engine else "")
+
+    def _reach(self, own: int, rank: int, peer: RemotePeer, limit_s: float) -> None:
+        """Write the first line, which nobody reads in a mirror, to a rank of another host."""
+        assert self.engine is not None
+        target = peer.address + self.layout.mirror(own)
+        self.engine.reach(peer.engine, self.memory.address(own), target, LINE, limit_s)
 
     def finish(self, member: Member, keeper: Keeper, ways: Mapping[int, Found]) -> Base:
         base = Base(member.rank, member.incarnation, self.layout, self.memory, self._stack, member, keeper, self.engine)
         base.known[member.rank] = member.incarnation
         base.take_in(ways)
         self._stack.callback(keeper.close)
-        keeper.start(member, {rank: found.incarnation for rank, found in ways.items()})
+        keeper.start(member, self.finder, {rank: found.incarnation for rank, found in ways.items()})
         return base
 
 
@@ -220,19 +233,6 @@ def _where(store: TorchStore | None, options: Options, timeout_s: float) -> tupl
     except RuntimeError as error:
         raise JoinRefused(f"torch's store does not say where the group is within {timeout_s:g} s: {error}") from error
     return options.store or text(said, "store"), options.group or text(said, "group")
-
-
-def _find_all(member: Member, nbytes: int, timeout_s: float) -> dict[int, Found]:
-    """The ways to all that take part. Those who wait to be activated come later."""
-    ways = {}
-    for rank in member.view.ranks:
-        if rank != member.rank:
-            try:
-                ways[rank] = find(member, rank, member.view.slots[rank].incarnation, nbytes, timeout_s)
-            except MoeA2AError:
-                if member.view.slots[rank].takes_part:
-                    raise
-    return ways
 
 
 def _member_options(options: Options, url: str, name: str, timeout_s: float) -> MemberOptions:

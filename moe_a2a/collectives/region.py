@@ -72,7 +72,8 @@ class Layout:
 
     @property
     def published(self) -> int:
-        return self._data + 4 * self.chunk + 2 * self.slots * self.letter
+        """Whole pages: each mirror is mapped by itself."""
+        return -(-(self._data + 4 * self.chunk + 2 * self.slots * self.letter) // _PAGE) * _PAGE
 
     def mirror(self, rank: int) -> int:
         """Where a rank of another host writes to."""

@@ -14,9 +14,9 @@ from moe_a2a.backend import Health
 from moe_a2a.bootstrap import Bootstrap
 from moe_a2a.config import Config, Options
 from moe_a2a.cpu_backend import CpuBackend
-from moe_a2a.elastic.keeper import slot_host
 from moe_a2a.elastic.meeting import Group, found, join
 from moe_a2a.elastic.options import Elastic
+from moe_a2a.elastic.places import slot_host
 from moe_a2a.elastic.shared import roll_of
 from moe_a2a.errors import ExcludedFromView, HandleError, MoeA2AError
 from moe_a2a.membership.member import Member
@@ -31,16 +31,15 @@ from moe_a2a.types import Dispatched, Handle, Layout
 #: While processes wait to be activated, this rank begins no more than so many steps of a channel without them; they
 #: are activated from a step on that is so far ahead that nobody can have begun it. Ranks are at most 2 steps apart.
 _STEPS_BEFORE, _STEPS_AHEAD = 2, 8
-#: For so long at most: then they are given up, and wait for the next occasion.
-_LONGEST_HOLD_S = 1.0
+#: For so long at most, and for this share of the time-out: then they are given up, and wait for the next occasion.
+_LONGEST_HOLD_S, _HOLD_SHARE = 1.0, 0.4
+#: Share of the time-out that a rank takes to find the way to others before its step.
+_FIND_SHARE = 0.3
 
 
 class _ElasticHealth(Health):
-    def check(self) -> None:
-        self.check_open()
-        if isinstance(self.broken, ExcludedFromView):
-            raise ExcludedFromView(str(self.broken))
-        super().check()
+    def refusal(self, broken: BaseException) -> MoeA2AError:
+        return ExcludedFromView(str(broken)) if isinstance(broken, ExcludedFromView) else super().refusal(broken)
 
 
 class ElasticBackend(CpuBackend):
@@ -72,6 +71,7 @@ class ElasticBackend(CpuBackend):
             for blocks in self._arena.layout.blocks
         ]
         self._sequence = -1
+        self._found_epoch = -1
         self._waiting: dict[int, int] = {}
         self._waiting_since = 0
         self._held_for: dict[int, int] = {}
@@ -93,10 +93,16 @@ class ElasticBackend(CpuBackend):
         self._look_round()
         if self._held_for and number > self._hold[channel]:
             self._wait_for_activation()
-        return self._group.lookout.roll(channel, number)
+        roll = self._group.lookout.roll(channel, number)
+        self._find_way(roll)
+        return roll
 
     def _begin(self, step: Step) -> None:
-        self._words[step.channel][step.parity][:] = withdrawn_word(step.number)
+        # Not those about sums: peers may still be reading the ones of the step before last.
+        self._words[step.channel][step.parity][: Kind.PARTIALS_AWAY] = withdrawn_word(step.number)
+
+    def _begin_sums(self, step: Step) -> None:
+        self._words[step.channel][step.parity][Kind.PARTIALS_AWAY :] = withdrawn_word(step.number)
 
     def _receive(self, step: Step) -> None:
         super()._receive(step)
@@ -111,7 +117,6 @@ class ElasticBackend(CpuBackend):
         while True:
             result = super().dispatch_recv(handle, layout, alignment, out, host_counts)
             torn = self._torn(step)
-            self._each(lambda transport: self._group.lookout.check())
             if not torn:
                 return result
             roll_of(step).missing.update(torn)
@@ -119,27 +124,33 @@ class ElasticBackend(CpuBackend):
             step.phase, handle._reserved = Phase.SENT, reserved
 
     def _torn(self, step: Step) -> set[int]:
-        """Sources that went on without this rank while it copied their rows."""
-        ranks = {arrival.rank for arrival in step.arrivals}
-        rail, remote = self._group.rail, roll_of(step).holders.keys()
-        torn = self._group.shared.torn(step, Kind.DISPATCH, ranks - remote)
-        return torn | rail.torn(step, ranks & remote) if rail is not None else torn
+        """Ranks that went on without this one while it read what they had announced. They count as read no more."""
+        reading = roll_of(step).reading
+        torn = {rank for rank, spot in reading.items() if not spot.stands(step.number)}
+        for rank in torn:
+            del reading[rank]
+        try:
+            self._group.lookout.check()
+        except ExcludedFromView as error:
+            self._break(error)
+            raise
+        return torn
 
     def _summed(self, step: Step, transport: Transport, arrived: Mapping[int, FloatArray]) -> Collection[int]:
-        roll = roll_of(step)
-        ranks = {arrival.rank for arrival in step.arrivals if step.layout == "contiguous" or arrival.rank in arrived}
-        remote = roll.holders.keys()
-        sources = ranks & remote if transport is self._group.rail else ranks - remote
+        roll, railed = roll_of(step), transport is self._group.rail
+        sources = [
+            a.rank
+            for a in step.arrivals
+            if (a.rank in roll.holders) is railed and (a.rank in arrived or step.layout == "contiguous")
+        ]
         roll.summed.update(sources)
         return sources
 
     def _add_up(self, step: Step, sums: dict[SumOrder, Contribution], out: torch.Tensor) -> None:
         roll = roll_of(step)
-        remote = {rank for host in roll.hosts for rank in host if self.rank not in host}
         while True:
             super()._add_up(step, sums, out)
-            torn = self._group.shared.torn(step, Kind.COMBINE, {rank for _, rank in sums} - remote)
-            self._each(lambda transport: self._group.lookout.check())
+            torn = self._torn(step)
             if not torn:
                 return
             roll.returned -= torn
@@ -153,12 +164,17 @@ class ElasticBackend(CpuBackend):
         super().discard(handle)
 
     def _finish(self, step: Step) -> None:
-        roll, pause = roll_of(step), Pause()
+        roll, pause, lookout = roll_of(step), Pause(), self._group.lookout
         if step.tasks:
+            began = time.monotonic()
             with self._meeting.watch.driving() as drive:
                 while not all(task.done for task in step.tasks):
-                    if not drive():
+                    if drive():
+                        pause.reset()
+                    else:
                         pause.rest()
+                        lookout.begin_wait(began)
+            lookout.end_wait()
         roll.missing.update(roll.incarnations.keys() - roll.returned - roll.left)
         step.phase = Phase.DONE
         self._open[step.channel].remove(step)
@@ -243,9 +259,30 @@ class ElasticBackend(CpuBackend):
             return
         self._held_for = dict(self._waiting)
         self._hold = [number + _STEPS_BEFORE for number in self._number]
-        self._hold_until = time.monotonic() + _LONGEST_HOLD_S
+        self._hold_until = time.monotonic() + min(_LONGEST_HOLD_S, _HOLD_SHARE * self.options.timeout_s)
         if self.rank == min(roll.incarnations):
             self._group.keeper.activate(self._waiting, [number + _STEPS_AHEAD for number in self._number])
+
+    def _find_way(self, roll: Roll) -> None:
+        """Wait for the way to those that take part and were activated before this rank had found them: they came
+        together with it."""
+        group, lookout, pause = self._group, self._group.lookout, Pause()
+        if roll.epoch == self._found_epoch:
+            return
+        deadline = time.monotonic() + _FIND_SHARE * self.options.timeout_s
+
+        def unknown() -> list[int]:
+            ranks = roll.incarnations.keys() - {self.rank}
+            return [r for r in ranks if group.known.get(r) != roll.incarnations[r] and not lookout.lost(roll, r)]
+
+        while left := unknown():
+            group.take_in(group.keeper.take_found())
+            if time.monotonic() > deadline:
+                for rank in left:
+                    lookout.accuse(roll, rank, f"rank {self.rank} did not find the way to it in time")
+            pause.rest()
+        self._found_epoch = roll.epoch
+        roll.missing.update(rank for rank in roll.incarnations if lookout.lost(roll, rank))
 
     def _wait_for_activation(self) -> None:
         pause = Pause()

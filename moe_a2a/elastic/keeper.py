@@ -1,100 +1,55 @@
-"""What a rank does for its group beside its steps, in a thread of its own: it tells of failures, finds the way to those
-who come, and activates them."""
+"""What a rank does for its group beside its steps, in two threads: it tells of failures and activates those who come,
+and it finds the way to them, which may take long."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from moe_a2a.elastic.places import HELD, Finder, Found
 from moe_a2a.errors import ExcludedFromView, MoeA2AError, StoreAway
 from moe_a2a.membership.member import Member
 from moe_a2a.membership.view import State, View
-from moe_a2a.membership.wire import decode_json, encode_json, number, text
-from moe_a2a.transport.handover import fetch_fd
 
 _log = logging.getLogger(__name__)
 
-_PLACE_BYTES = 4096
 _AGAIN_S = 0.05
-HELD = (State.READY, State.ACTIVE, State.LEAVING)
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a process of the group is reached. socket, token: where its host's ranks fetch its memory; engine: name of
-    its Transfer Engine, "" without; address: of its region in its own process; network: as `hosts.own_network`."""
-
-    socket: str
-    token: str
-    engine: str
-    address: int
-    network: str
-
-    def encode(self) -> bytes:
-        return encode_json(self.__dict__)
-
-    @classmethod
-    def decode(cls, data: bytes) -> Place:
-        """Raises MessageError."""
-        said = decode_json(data, _PLACE_BYTES, "the place of a rank")
-        return cls(
-            text(said, "socket"),
-            text(said, "token"),
-            text(said, "engine"),
-            number(said, "address"),
-            text(said, "network"),
-        )
-
-
-@dataclass(frozen=True)
-class Found:
-    """A process that has been found. fd: its memory, to be mapped and closed; None on another host."""
-
-    incarnation: int
-    place: Place
-    fd: int | None
-
-
-def slot_host(view: View, rank: int) -> str:
-    """The label of a slot's host, "" if nobody has had it."""
-    endpoint = view.slots[rank].endpoint
-    return endpoint.host if endpoint else ""
-
-
-def place_name(rank: int, incarnation: int) -> str:
-    return f"place/{rank}/{incarnation}"
 
 
 class Keeper:
-    """One rank's keeper. nbytes: what a region must have. Begins to work when `start` is called."""
+    """One rank's keeper. Begins to work when `start` is called."""
 
-    def __init__(self, nbytes: int, timeout_s: float) -> None:
-        self._nbytes, self._timeout = nbytes, timeout_s
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout = timeout_s
         self._wake = threading.Condition()
         self._accused: dict[tuple[int, int], str] = {}
         self._found: dict[int, Found] = {}
         self._known: dict[int, int] = {}
+        self._sought: dict[tuple[int, int], float] = {}  # who is not found -> since when
         self._joiners: tuple[dict[int, int], tuple[int, ...]] | None = None
         self._closing = False
         self._changed = True
+        self._new_view = True
         self._member: Member | None = None
-        self._thread: threading.Thread | None = None
+        self._finder: Finder | None = None
+        self._threads: list[threading.Thread] = []
 
     def on_change(self, view: View) -> None:
         """For `Member`: there is a new view."""
-        self._rouse(lambda: None)
+        with self._wake:
+            self._new_view = True
+            self._wake.notify_all()
 
-    def start(self, member: Member, known: Mapping[int, int]) -> None:
+    def start(self, member: Member, finder: Finder, known: Mapping[int, int]) -> None:
         """known: rank -> incarnation of those that were found already."""
-        self._member, self._known = member, dict(known)
-        self._thread = threading.Thread(target=self._run, name="moe_a2a-keeper", daemon=True)
-        self._thread.start()
+        self._member, self._finder, self._known = member, finder, dict(known)
+        for name, run in (("keeper", self._run), ("finder", self._search)):
+            self._threads.append(threading.Thread(target=run, name=f"moe_a2a-{name}", daemon=True))
+            self._threads[-1].start()
 
     def accuse(self, rank: int, incarnation: int, evidence: str) -> None:
         """Propose the view without this process, until the view is without it."""
@@ -122,26 +77,28 @@ class Keeper:
     def close(self) -> None:
         with self._wake:
             self._closing = True
-            self._wake.notify()
-        if self._thread is not None:
-            self._thread.join(timeout=self._timeout)
+            self._wake.notify_all()
+        for thread in self._threads:
+            thread.join(timeout=self._timeout)
         for found in self.take_found().values():
-            if found.fd is not None:
+            if found.fd >= 0:
                 os.close(found.fd)
 
     def _rouse(self, note: Callable[[], Any]) -> None:
         with self._wake:
             note()
             self._changed = True
-            self._wake.notify()
+            self._wake.notify_all()
 
     def _run(self) -> None:
         member = self._member
         assert member is not None
-        while not self._closing:
+        while True:
             with self._wake:
-                if not self._changed:
-                    self._wake.wait(None if not self._accused else _AGAIN_S)
+                while not self._changed and not self._accused and not self._closing:
+                    self._wake.wait()
+                if not self._changed and not self._closing:
+                    self._wake.wait(_AGAIN_S)
                 self._changed = False
                 accused, joiners = dict(self._accused), self._joiners
                 self._joiners = None
@@ -151,7 +108,6 @@ class Keeper:
                 self._propose(member, accused)
                 if joiners is not None:
                     member.activate(*joiners)
-                self._look(member)
             except StoreAway as error:
                 _log.info("%s", error)
             except ExcludedFromView:  # the next step says so
@@ -167,40 +123,46 @@ class Keeper:
             with self._wake:
                 self._accused.pop((rank, incarnation), None)
 
-    def _look(self, member: Member) -> None:
-        """Find the way to everybody who holds a slot and is new."""
-        for rank, slot in enumerate(member.view.slots):
-            if slot.state not in HELD or slot.incarnation == self._known.get(rank) or rank == member.rank:
-                continue
+    def _search(self) -> None:
+        member = self._member
+        assert member is not None
+        while True:
+            with self._wake:
+                if not self._new_view and not self._closing:
+                    self._wake.wait(_AGAIN_S if self._sought else None)
+                self._new_view = False
+            if self._closing:
+                return
             try:
-                found = find(member, rank, slot.incarnation, self._nbytes, self._timeout)
+                self._look(member)
+            except (StoreAway, ExcludedFromView) as error:
+                _log.info("%s", error)
             except MoeA2AError as error:
-                if slot.state is State.READY and slot.incarnation == member.view.slots[rank].incarnation:
+                _log.warning("%s", error)
+
+    def _look(self, member: Member) -> None:
+        """Find the way to everybody who holds a slot and is new. Who cannot be found is looked for again."""
+        assert self._finder is not None
+        slots = member.view.slots
+        new = {
+            (rank, slot.incarnation): slot.state
+            for rank, slot in enumerate(slots)
+            if slot.state in HELD and slot.incarnation != self._known.get(rank) and rank != member.rank
+        }
+        self._sought = {key: self._sought.get(key, time.monotonic()) for key in new}
+        for (rank, incarnation), state in new.items():
+            try:
+                found = self._finder.find(rank, incarnation, patient=False)
+            except MoeA2AError as error:
+                if isinstance(error, StoreAway) or time.monotonic() - self._sought[rank, incarnation] < self._timeout:
+                    continue
+                if state is State.READY and incarnation == member.view.slots[rank].incarnation:
                     _log.warning("rank %d wants to join and cannot be reached: %s", rank, error)
-                    member.propose_failed({rank: slot.incarnation}, f"cannot be reached by rank {member.rank}: {error}")
+                    member.propose_failed({rank: incarnation}, f"cannot be reached by rank {member.rank}: {error}")
                 continue
             with self._wake:
-                self._found[rank] = found
-            self._known[rank] = slot.incarnation
-
-
-def find(member: Member, rank: int, incarnation: int, nbytes: int, timeout_s: float) -> Found:
-    """The way to a process that holds a slot. Raises MoeA2AError."""
-    deadline = time.monotonic() + timeout_s
-    while (data := member.lookup(place_name(rank, incarnation))) is None:
-        slot = member.view.slots[rank]
-        if slot.incarnation != incarnation or slot.state not in HELD:
-            raise MoeA2AError(f"rank {rank} is gone")
-        if time.monotonic() > deadline:
-            raise MoeA2AError(f"rank {rank} does not say where it is within {timeout_s:g} s")
-        time.sleep(_AGAIN_S / 5)
-    place = Place.decode(data)
-    if slot_host(member.view, rank) != member.host:
-        return Found(incarnation, place, None)
-    fd, _ = fetch_fd(rank, place.socket, place.token, timeout_s)
-    size = os.fstat(fd).st_size
-    if size != nbytes:
-        with contextlib.suppress(OSError):
-            os.close(fd)
-        raise MoeA2AError(f"the memory of rank {rank} has {size} bytes, not {nbytes}; give every rank the same Config")
-    return Found(incarnation, place, fd)
+                before, self._found[rank] = self._found.get(rank), found
+            if before is not None and before.fd >= 0:
+                os.close(before.fd)
+            self._known[rank] = incarnation
+            del self._sought[rank, incarnation]

@@ -7,15 +7,18 @@ import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from moe_a2a.bootstrap import Bootstrap
 from moe_a2a.config import Config, Options
-from moe_a2a.elastic.keeper import HELD, Found, Keeper, Place, find, place_name, slot_host
+from moe_a2a.elastic.keeper import Keeper
 from moe_a2a.elastic.lookout import Lookout
 from moe_a2a.elastic.options import MOST_RANKS, Elastic
+from moe_a2a.elastic.places import HELD, Finder, Found, slot_host
 from moe_a2a.elastic.rail import ElasticRail
 from moe_a2a.elastic.shared import ElasticShared
+from moe_a2a.elastic.windows import Windows
 from moe_a2a.errors import ConfigError, JoinRefused, MoeA2AError
 from moe_a2a.hosts import HostMap, own_label, own_network
 from moe_a2a.membership.group import found_group, join_group
@@ -32,6 +35,7 @@ from moe_a2a.transport.protocol import Transport
 from moe_a2a.transport.rail import RemotePeer
 from moe_a2a.transport.region import RegionLayout
 from moe_a2a.transport.wait import Watch
+from moe_a2a.transport.wire import RECORD_BYTES, Kind
 
 #: Share of the time-out that waits inside a host may last: others wait for those who wait.
 _FORWARD_SHARE = 0.8
@@ -58,8 +62,8 @@ class Group:
         """Map the memory of processes of this host, and note where those of other hosts are."""
         for rank, found in ranks.items():
             self.known[rank] = found.incarnation
-            if found.fd is None:
-                self.peers[rank] = RemotePeer(found.place.engine, found.place.address)
+            if found.peer is not None:
+                self.peers[rank] = found.peer
                 continue
             try:
                 self.meeting.arena.memory.map_peer(rank, found.fd)
@@ -75,29 +79,49 @@ class _Built:
     """A rank's memory, and the ways to and from it, before it knows anybody."""
 
     def __init__(
-        self, config: Config, options: Options, slots: int, several_hosts: bool, one_network: bool, stack: ExitStack
+        self,
+        config: Config,
+        options: Options,
+        slots: int,
+        several_hosts: bool,
+        one_network: bool,
+        timeout_s: float,
+        stack: ExitStack,
     ) -> None:
         self.layout = RegionLayout.elastic(config, slots, several_hosts)
         check_memory(config, slots, self.layout.nbytes, self.layout.nbytes)
-        self.config, self.options, self.slots, self.stack = config, options, slots, stack
+        self.config, self.options, self.slots, self.timeout_s, self.stack = config, options, slots, timeout_s, stack
         self.engine: Engine | None = None
         self._one_network = one_network
         self._several = several_hosts
 
-    def open(self, rank: int) -> Place:
-        options, stack = self.options, self.stack
+    def open(self, member: Member) -> None:
+        """Make the memory, and tell the others where it is."""
+        options, stack, rank = self.options, self.stack, member.rank
         self.memory = HostMemory(self.layout.nbytes, self.slots, rank)
         stack.callback(self.memory.close)
         server = FdServer(self.memory.fd, None, options.timeout_s)
         stack.callback(server.close)
-        start = self.memory.address(rank, self.layout.engine_start)
+        windows = None
         if self._several:
             address = options.host_address or os.environ.get("MOE_A2A_HOST_ADDRESS") or own_address(self._one_network)
             self.engine = Engine.get(address, options.protocol, options.device_filter, options.metadata_server)
+            # From here this rank's own writes read. Those of others come in by windows.
+            start = self.memory.address(rank, self.layout.engine_start)
             self.engine.register(start, self.layout.nbytes - self.layout.engine_start)
             stack.callback(self.engine.unregister, start)
-        engine = self.engine.name if self.engine else ""
-        return Place(server.name, server.token, engine, self.memory.address(rank), own_network())
+            windows = Windows(self.memory, self.engine, self.layout.lanes)
+            stack.callback(windows.close)
+        self.finder = Finder(member, self.layout.nbytes, windows, partial(self._reach, rank), self.timeout_s)
+        self.finder.publish(server.name, server.token, self.engine.name if self.engine else "")
+
+    def _reach(self, own: int, rank: int, peer: RemotePeer, limit_s: float) -> None:
+        """Write a record that means nothing to a rank of another host."""
+        assert self.engine is not None
+        block, nothing = self.layout.blocks[0][0], RECORD_BYTES * Kind.PARTIALS_AWAY
+        source = self.memory.address(own, block.host_slots[rank].outbox + nothing)
+        target = peer.address + block.source_slots[own].inbox + nothing
+        self.engine.reach(peer.engine, source, target, RECORD_BYTES, limit_s)
 
     def finish(self, member: Member, keeper: Keeper, found: Mapping[int, Found], started: list[int]) -> Group:
         config, options, rank, stack = self.config, self.options, member.rank, self.stack
@@ -108,7 +132,7 @@ class _Built:
         places = HostMap.from_labels([""] * self.slots)
         arena = Arena(config, places, rank, self.memory, {rank: member.incarnation}, self.layout)
         watch = Watch(self.memory, (), rank, progress)
-        lookout = Lookout(member, keeper.accuse, progress)
+        lookout = Lookout(member, keeper.accuse, progress, options.timeout_s)
         shared = ElasticShared(arena, lookout, _FORWARD_SHARE * options.timeout_s)
         peers: dict[int, RemotePeer] = {}
         rail = None
@@ -119,7 +143,7 @@ class _Built:
         group = Group(meeting, member, keeper, lookout, shared, rail, started, peers)
         group.take_in(found)
         stack.callback(keeper.close)
-        keeper.start(member, {r: f.incarnation for r, f in found.items()})
+        keeper.start(member, self.finder, {r: f.incarnation for r, f in found.items()})
         return group
 
 
@@ -132,21 +156,17 @@ def found(config: Config, options: Options, elastic: Elastic, bootstrap: Bootstr
     hellos = introduce(rounds, config, options, slots, "cpu", check_platform)
     several = len({hello["host"] for hello in hellos}) > 1
     one_network = len({hello["network"] for hello in hellos}) == 1
-    built = _Built(config, options, slots, several, one_network, stack)
-    keeper = Keeper(built.layout.nbytes, elastic.timeout_s)
+    built = _Built(config, options, slots, several, one_network, elastic.timeout_s, stack)
+    keeper = Keeper(elastic.timeout_s)
     charter = _charter(config, options)
     member = found_group(
         bootstrap, _member_options(options, elastic), slots, config.channels, charter, keeper.on_change
     )
     stack.callback(member.close)
-    if member.rank == 0:
-        member.publish(_FACTS, _facts(slots, several, own_network() if one_network else ""))
-
-    def open_memory() -> None:
-        member.publish(place_name(member.rank, member.incarnation), built.open(member.rank).encode())
-
-    rounds.run(open_memory, lambda _: True)
-    ways, _ = rounds.run(lambda: _find_all(member, built.layout.nbytes, elastic.timeout_s), lambda _: True)
+    # By all, as the charter: it has to outlive every one of them.
+    member.publish(_FACTS, _facts(slots, several, own_network() if one_network else ""))
+    rounds.run(lambda: built.open(member), lambda _: True)
+    ways, _ = rounds.run(built.finder.find_all, lambda _: True)
     group = built.finish(member, keeper, ways, [0] * len(config.channels))
     rounds.run(lambda: None, lambda _: True)
     return group
@@ -174,12 +194,11 @@ def join(config: Config, options: Options, elastic: Elastic, rank: int | None, s
                 f"the group was founded on one host, {', '.join(sorted(hosts))}, and this process is on "
                 f"{member.host}; a group that is to span hosts has to be founded on two of them"
             )
-        built = _Built(config, options, slots, several, network == own_network(), stack)
-        keeper = Keeper(built.layout.nbytes, elastic.timeout_s)
-        place = built.open(member.rank)
-        member.publish(place_name(member.rank, member.incarnation), place.encode())
-        ways = _find_all(member, built.layout.nbytes, elastic.timeout_s)
-        group = built.finish(member, keeper, ways, [])
+        built = _Built(config, options, slots, several, network == own_network(), elastic.timeout_s, stack)
+        keeper = Keeper(elastic.timeout_s)
+        built.open(member)
+        member.publish(_FACTS, _facts(slots, several, network))
+        group = built.finish(member, keeper, built.finder.find_all(), [])
         keepers.append(keeper)
         keeper.on_change(member.view)
         view = member.wait_active(elastic.timeout_s)
@@ -189,19 +208,6 @@ def join(config: Config, options: Options, elastic: Elastic, rank: int | None, s
         raise
     group.started = [step - 1 for step in view.slots[member.rank].first]
     return group
-
-
-def _find_all(member: Member, nbytes: int, timeout_s: float) -> dict[int, Found]:
-    """The ways to all that take part. Those who wait to be activated come later."""
-    ways = {}
-    for rank in member.view.ranks:
-        if rank != member.rank:
-            try:
-                ways[rank] = find(member, rank, member.view.slots[rank].incarnation, nbytes, timeout_s)
-            except MoeA2AError:
-                if member.view.slots[rank].takes_part:
-                    raise
-    return ways
 
 
 def _member_options(options: Options, elastic: Elastic) -> MemberOptions:

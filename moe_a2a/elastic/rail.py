@@ -8,14 +8,13 @@ rail peer. Whoever has a source's rows in its own region adds up that source's s
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Generator, Mapping
-from dataclasses import replace
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
+from moe_a2a.elastic.delivery import Delivery, Work, around
 from moe_a2a.elastic.lookout import Awaited, Lookout
-from moe_a2a.elastic.shared import Spots, announce, mask_of, own_host, roll_of
-from moe_a2a.errors import EngineError
+from moe_a2a.elastic.shared import Spots, Where, announce, mask_of, roll_of
 from moe_a2a.routing import Arrival, Contribution, bags, rank_hits
 from moe_a2a.rows import sum_rows
 from moe_a2a.step import RowFormat, Step
@@ -27,13 +26,10 @@ from moe_a2a.transport.rail import NEARLY_ALL, RemotePeer
 from moe_a2a.transport.region import Slot
 from moe_a2a.transport.shared import check_discarded
 from moe_a2a.transport.wait import CHECK_EVERY_S
-from moe_a2a.transport.wire import RECORD_BYTES, FloatArray, Kind, Record, Spot, Status, withdraw, withdrawn
+from moe_a2a.transport.wire import RECORD_BYTES, FloatArray, Kind, Record, Spot, Status, withdraw
 
-#: Shares of the time-out: a write that hangs is noticed before those who wait for what it carries give up, and those
-#: before the ones that wait for them.
-_WRITE_SHARE, _SOURCE_SHARE = 0.5, 0.8
-
-Work = Generator[None, None, None]
+#: Share of the time-out that a rank waits for a source: others wait for its sums.
+_SOURCE_SHARE = 0.8
 
 
 class ElasticRail:
@@ -48,23 +44,23 @@ class ElasticRail:
         progress: Progress,
         timeout_s: float,
     ) -> None:
-        self._arena, self._engine, self._peers = arena, engine, peers
-        self._lookout, self._progress, self._timeout = lookout, progress, timeout_s
+        self._arena, self._lookout, self._progress, self._timeout = arena, lookout, progress, timeout_s
+        self._delivery = Delivery(arena, engine, peers, lookout, timeout_s)
         self._config = arena.config
         self.sources = tuple(range(len(arena.peers)))
-        self._records = Spots(arena)
-        #: (channel, parity, rank) of slots from which somebody may still be reading rows of an earlier step.
-        self._dirty: set[tuple[int, int, int]] = set()
-        #: (channel, parity) -> source -> where the record was that announced its rows.
-        self._spots: dict[tuple[int, int], dict[int, Spot]] = {}
+        self._rows = Spots(arena, Kind.DISPATCH, self._inboxes)
+        self._weights = Spots(arena, Kind.WEIGHTS, self._inboxes)
+        self._partials = Spots(arena, Kind.PARTIALS_AWAY, self._mailboxes)
+        self._sums = Spots(arena, Kind.COMBINE, self._own_inboxes)
 
     # dispatch
 
     def send_dispatch(self, step: Step) -> None:
         arena, block, roll = self._arena, self._arena.block(step), roll_of(step)
-        for place, host in self._remote(step):
-            first = self._next_rail(step, host, ())
+        for place, host in roll.away:
+            first = self._delivery.next_rail(step, host)
             if first is None:
+                roll.missing.update(host)
                 continue
             rows = np.flatnonzero(step.outgoing.hits[:, list(host)].any(axis=1))
             at = block.host_slots[first].rows
@@ -77,65 +73,61 @@ class ElasticRail:
             start = arena.tables(step, len(rows)).tokens
             nbytes = len(rows) * arena.row_bytes(step.row_format) - start if len(rows) else 0
             record = arena.record(step, Kind.DISPATCH, len(rows), nbytes=nbytes)
-            self._begin(step, self._deliver(step, place, record, at, start))
-        roll.missing.update(self._unreached(step))
+            self._begin(step, self._delivery.bring_rows(step, place, first, record, at, start))
 
     def recv_dispatch(self, step: Step) -> list[Arrival]:
         roll, slots = roll_of(step), self._arena.block(step).source_slots
-        found = self._from_sources(step, Kind.DISPATCH, "dispatch")
+        found = self._from_sources(step, self._rows.of(step, roll), "dispatch")
         step.traffic.dispatch_announced = time.monotonic_ns()
-        self._spots[step.channel, step.parity] = {source: at for source, (_, _, at) in found.items()}
         arrivals = []
-        for source, (record, holder, _) in sorted(found.items()):
-            roll.epochs[source], roll.holders[source] = record.epoch, holder
-            arrived = self._arena.arrival(step, source, record, holder, slots[source].rows)
-            # Combine reads these once more, perhaps after the source has gone on without this rank.
-            arrivals.append(replace(arrived, tokens=arrived.tokens.copy(), ids=arrived.ids.copy()))
+        for source, (record, spot) in sorted(found.items()):
+            roll.epochs[source], roll.holders[source], roll.reading[source] = record.epoch, spot.owner, spot
+            # Combine reads the tables once more, perhaps after the source has gone on without this rank.
+            arrivals.append(self._arena.arrival(step, source, record, spot.owner, slots[source].rows, keep=True))
         return arrivals
 
     def send_weights(self, step: Step, weights: FloatArray) -> None:
         for place, rows in step.sent_to_host.items():
-            self._begin(step, self._deliver_weights(step, place, weights[rows]))
+            self._begin(step, self._delivery.bring_weights(step, place, weights[rows]))
 
     def recv_weights(self, step: Step) -> dict[int, FloatArray]:
         roll, slots = roll_of(step), self._arena.block(step).source_slots
-        came = self._from_sources(step, Kind.WEIGHTS, "router weights", roll.holders)
+        spots = {source: spots for source, spots in self._weights.of(step, roll).items() if source in roll.holders}
+        came = self._from_sources(step, spots, "router weights")
         found = {}
         for arrival in step.arrivals:
             if arrival.rank in came:
-                (_, holder, _), rows = came[arrival.rank], slots[arrival.rank].rows
-                found[arrival.rank] = self._arena.weights(step, holder, rows, len(arrival.ids)).copy()
+                (_, spot), rows = came[arrival.rank], slots[arrival.rank].rows
+                found[arrival.rank] = self._arena.weights(step, spot.owner, rows, len(arrival.ids)).copy()
         return found
-
-    def torn(self, step: Step, ranks: Collection[int]) -> set[int]:
-        """Those sources that did not leave in place what they had announced."""
-        spots = self._spots[step.channel, step.parity]
-        return {rank for rank in ranks if not spots[rank].stands()}
 
     # combine
 
     def send_combine(self, step: Step, discarded: bool) -> None:
-        arena = self._arena
+        arena, roll = self._arena, roll_of(step)
         status = Status.DISCARDED if discarded else Status.OK
-        record = arena.record(step, Kind.PARTIALS_AWAY, status=status, mask=mask_of(roll_of(step).summed))
+        record = arena.record(step, Kind.PARTIALS_AWAY, status=status, mask=mask_of(roll.summed))
         announce(arena, step, Kind.PARTIALS_AWAY, record)
         for arrival in step.arrivals:
-            if self._reduces(step, arrival.rank):
+            holder = roll.holders.get(arrival.rank)
+            if holder == arena.rank or (holder is not None and self._stands_in(step, arrival.rank, holder)):
                 self._begin(step, self._reduce(step, arrival))
 
     def recv_combine(self, step: Step, discarded: bool = False) -> dict[SumOrder, Contribution]:
         arena, block, roll = self._arena, self._arena.block(step), roll_of(step)
-        awaited = {place: self._sums_of(step, place) for place in step.sent_to_host}
-        found, _ = self._lookout.wait(step, awaited, self._timeout, "combine")
+        spots = self._sums.of(step, roll)
+        if len(step.sent_to_host) < len(spots):
+            spots = {place: spots[place] for place in step.sent_to_host}
+        found, _ = self._lookout.wait(step, spots, self._timeout, "combine", lambda place: self._sums_of(step, place))
         step.traffic.combine_announced = time.monotonic_ns()
-        check_discarded(step, {roll.hosts[place][0]: record for place, record in found.items()}, discarded)
+        check_discarded(step, {roll.hosts[place][0]: record for place, (record, _) in found.items()}, discarded)
         sums = {}
-        for place, record in found.items():
-            host, rows, rail = roll.hosts[place], step.sent_to_host[place], awaited[place].came
+        for place, (record, spot) in found.items():
+            host, rows, rail = roll.hosts[place], step.sent_to_host[place], spot.sender
             returned = {r for r in host if record.mask >> r & 1}
             roll.returned.update(returned)
             if returned != set(host):
-                self._dirty.add((step.channel, step.parity, rail))
+                self._delivery.read_by_others(step, rail)
             if record.rows == len(rows) and not discarded:
                 first = arena.rows_at(arena.rank, block.host_slots[rail].rows, RowFormat.PLAIN)
                 sums[(host[0], rail)] = Contribution(rows, first)
@@ -152,39 +144,34 @@ class ElasticRail:
         def gone() -> bool:
             rail = roll.rails.get(place)
             if rail is None:  # it is still being delivered, unless nobody is left
-                return self._next_rail(step, host, ()) is None
+                return self._delivery.next_rail(step, host) is None
             return self._lookout.lost(roll, rail)
 
-        spots = {rank: self._sum_spot(step, rank) for rank in self._around(step, host)}
-        return Awaited(spots, host[0], gone, blame)
+        return Awaited(host[0], gone, blame)
 
     def _reduce(self, step: Step, arrival: Arrival) -> Work:
         """Add up this host's sums for one source and send them back: the rail peer's part of combine."""
-        arena, source, roll = self._arena, arrival.rank, roll_of(step)
-        block = arena.block(step)
-        slot, target = block.source_slots[source], block.host_slots[arena.rank]
-        here = own_host(roll, arena.rank)
-        spots = {r: self._records.at(step, Kind.PARTIALS_AWAY, r, block.mailbox, r) for r in here}
+        arena, source, rows = self._arena, arrival.rank, len(arrival.ids)
+        slot, target = arena.block(step).source_slots[source], arena.block(step).host_slots[arena.rank]
+        spots = {rank: spot for rank, (spot,) in self._partials.of(step, roll_of(step)).items()}
         found: dict[int, Record] = {}
         yield from self._collect(step, spots, found)
         summed = {rank for rank, record in found.items() if record.mask >> source & 1}
-        record = arena.record(step, Kind.COMBINE, mask=mask_of(summed))
-        if any(r.status == Status.DISCARDED for r in found.values()):
-            record = replace(record, status=Status.DISCARDED)
+        if any(record.status == Status.DISCARDED for record in found.values()):
+            record = arena.record(step, Kind.COMBINE, status=Status.DISCARDED, mask=mask_of(summed))
         else:
-            rows = len(arrival.ids)
-            record = replace(record, rows=rows, nbytes=rows * self._config.row_bytes)
-            if len(found) < len(here):  # one that was left out may still be reading these rows
+            if len(found) < len(spots):  # one that was left out may still be reading these rows
                 at = arena.memory.position(arena.rank, slot.inbox + RECORD_BYTES * Kind.DISPATCH)
                 withdraw(arena.memory.bytes, at, step.number + 1)
             while rows:
                 self._sum_partials(step, arrival, slot, summed)
-                torn = {rank for rank in summed if not spots[rank].stands()}  # if this rank is late
+                torn = {rank for rank in summed if not spots[rank].stands(step.number)}  # if this rank is late
                 if not torn:
                     break
                 summed -= torn
-            record = replace(record, mask=mask_of(summed))
-        yield from self._transfer(step, source, record, slot, target, slot.rows, 0)
+            nbytes = rows * self._config.row_bytes
+            record = arena.record(step, Kind.COMBINE, rows, nbytes=nbytes, mask=mask_of(summed))
+        yield from self._delivery.transfer(step, source, record, slot, target, slot.rows, 0)
 
     def _sum_partials(self, step: Step, arrival: Arrival, slot: Slot, summed: Collection[int]) -> None:
         """Rows of a source's slot = the sums of these ranks' partial rows, ranks ascending."""
@@ -200,12 +187,12 @@ class ElasticRail:
 
     def _collect(self, step: Step, all_spots: Mapping[int, Spot], found: dict[int, Record]) -> Work:
         """Wait, task fashion, until every rank of this host that is not lost has left its sums for other hosts."""
-        roll, spots = roll_of(step), dict(all_spots)
+        roll, number, spots = roll_of(step), step.number, dict(all_spots)
         started = checked = time.monotonic()
         gone: set[int] = set()
         while True:
             for peer in list(spots):
-                record = spots[peer].poll()
+                record = spots[peer].poll(number)
                 if record is not None:
                     found[peer] = record
                 if record is not None or peer in gone:
@@ -215,155 +202,60 @@ class ElasticRail:
             now = time.monotonic()
             if now - checked >= CHECK_EVERY_S:
                 checked = now
-                gone.update(p for p in spots if self._lookout.lost(roll, p) or p in roll.left or spots[p].passed())
-                if now - started > _SOURCE_SHARE * self._timeout:
-                    for peer in spots.keys() - gone:
+                gone.update(
+                    p for p in spots if self._lookout.lost(roll, p) or p in roll.left or spots[p].passed(number)
+                )
+                budget = _SOURCE_SHARE * self._timeout
+                for peer in spots.keys() - gone if now - started > budget else ():
+                    if not self._lookout.excused(peer, started):
                         self._lookout.accuse(roll, peer, f"combine of {step}: no sums for other hosts in time")
-                    gone.update(spots)
+                        gone.add(peer)
             yield
 
     # who and where
 
-    def _remote(self, step: Step) -> list[tuple[int, tuple[int, ...]]]:
-        """(place in the roll, ranks) of the other hosts."""
-        return [(i, host) for i, host in enumerate(roll_of(step).hosts) if self._arena.rank not in host]
-
-    def _next_rail(self, step: Step, host: tuple[int, ...], tried: Collection[int]) -> int | None:
-        """The live rank of a host that this rank sends to: the one at this rank's place, or one of those after it."""
-        roll = roll_of(step)
-        alive = (
-            rank for rank in self._around(step, host) if rank in self._peers and not self._lookout.lost(roll, rank)
-        )
-        return next((rank for rank in alive if rank not in tried), None)
-
-    def _around(self, step: Step, host: tuple[int, ...], source: int | None = None) -> list[int]:
-        """The ranks of a host in the order in which a source (None: this rank) prefers them as rail peers."""
-        rank = self._arena.rank if source is None else source
-        begin = own_host(roll_of(step), rank).index(rank)
-        return [host[(begin + i) % len(host)] for i in range(len(host))]
-
-    def _unreached(self, step: Step) -> set[int]:
-        return {rank for place, host in self._remote(step) if place not in step.sent_to_host for rank in host}
-
-    def _place(self, step: Step, source: int, kind: Kind, holder: int) -> Spot:
-        return self._records.at(step, kind, holder, self._arena.block(step).source_slots[source].inbox, source)
-
-    def _places(self, step: Step, source: int, kind: Kind) -> dict[int, Spot]:
+    def _inboxes(self, step: Step) -> dict[int, list[Where]]:
         """Where a source's record may be: with its rail peer, or, if that was lost, with another rank of this host."""
-        roll = roll_of(step)
-        around = self._around(step, own_host(roll, self._arena.rank), source)
-        holders = sorted(around, key=lambda holder: self._lookout.lost(roll, holder))
-        return {holder: self._place(step, source, kind, holder) for holder in holders}
+        roll, slots = roll_of(step), self._arena.block(step).source_slots
+        return {
+            source: [(holder, slots[source].inbox, source) for holder in around(roll.here, host, source)]
+            for _, host in roll.away
+            for source in host
+        }
 
-    def _reduces(self, step: Step, source: int) -> bool:
-        """Whether this rank sends a source its host's sums: it has its rows."""
-        roll = roll_of(step)
-        holder = roll.holders.get(source)
-        if holder is None or holder == self._arena.rank:
-            return holder is not None
-        # Or it has them too, because the source saw the other one die before it knew that they had arrived.
-        lost = self._lookout.lost(roll, holder)
-        return lost and self._place(step, source, Kind.DISPATCH, self._arena.rank).poll() is not None
+    def _mailboxes(self, step: Step) -> dict[int, list[Where]]:
+        mailbox = self._arena.block(step).mailbox
+        return {rank: [(rank, mailbox, rank)] for rank in roll_of(step).here}
 
-    def _sum_spot(self, step: Step, rail: int) -> Spot:
-        inbox = self._arena.block(step).host_slots[rail].inbox
-        return self._records.at(step, Kind.COMBINE, self._arena.rank, inbox, rail)
+    def _own_inboxes(self, step: Step) -> dict[int, list[Where]]:
+        """Where a host's sums may come, by place in the roll: from the rail peer there, or the one that replaced it."""
+        roll, slots, rank = roll_of(step), self._arena.block(step).host_slots, self._arena.rank
+        return {
+            place: [(rank, slots[rail].inbox, rail) for rail in around(host, roll.here, rank)]
+            for place, host in roll.away
+        }
+
+    def _stands_in(self, step: Step, source: int, holder: int) -> bool:
+        """Whether this rank sends a source its host's sums in place of one that was lost: it has its rows too, because
+        the source saw the other one die before it knew that they had arrived."""
+        roll = roll_of(step)
+        own = next(spot for spot in self._rows.of(step, roll)[source] if spot.owner == self._arena.rank)
+        return self._lookout.lost(roll, holder) and own.poll(step.number) is not None
 
     def _from_sources(
-        self, step: Step, kind: Kind, what: str, among: Collection[int] | None = None
-    ) -> dict[int, tuple[Record, int, Spot]]:
-        """Source -> (its record, the rank of this host in whose region it is, and where)."""
+        self, step: Step, spots: Mapping[int, Sequence[Spot]], what: str
+    ) -> dict[int, tuple[Record, Spot]]:
+        """The records of sources, and where they were."""
         roll = roll_of(step)
 
-        def wait_for(source: int) -> Awaited:
-            spots = self._places(step, source, kind)
-            return Awaited(spots, source, lambda: self._lookout.lost(roll, source), lambda: source)
+        def about(source: int) -> Awaited:
+            return Awaited(source, lambda: self._lookout.lost(roll, source), lambda: source)
 
-        sources = [r for _, host in self._remote(step) for r in host if among is None or r in among]
-        awaited = {source: wait_for(source) for source in sources}
-        found, lost = self._lookout.wait(step, awaited, _SOURCE_SHARE * self._timeout, what)
+        if not roll.missing.isdisjoint(roll.here):  # then the likeliest place is with somebody else
+            spots = {key: sorted(there, key=lambda spot: spot.owner in roll.missing) for key, there in spots.items()}
+        found, lost = self._lookout.wait(step, spots, _SOURCE_SHARE * self._timeout, what, about)
         roll.missing.update(set(lost) - roll.left)
-        at = {source: awaited[source].came for source in found}
-        return {source: (record, at[source], awaited[source].spots[at[source]]) for source, record in found.items()}
-
-    # the engine
+        return found
 
     def _begin(self, step: Step, work: Work) -> None:
         step.tasks.append(self._progress.start(work))
-
-    def _deliver(self, step: Step, place: int, record: Record, at: int, start: int) -> Work:
-        """Bring this rank's rows to a host: to its rail peer there, or to another one if that is lost."""
-        roll, block = roll_of(step), self._arena.block(step)
-        host = roll.hosts[place]
-        tried: list[int] = []
-        while (rail := self._next_rail(step, host, tried)) is not None:
-            mirror = block.source_slots[self._arena.rank]
-            sent = yield from self._transfer(step, rail, record, block.host_slots[rail], mirror, at, start)
-            if sent:
-                if tried:
-                    roll.resent.add(place)
-                roll.rails[place] = rail
-                return
-            tried.append(rail)
-        roll.missing.update(host)
-
-    def _deliver_weights(self, step: Step, place: int, weights: FloatArray) -> Work:
-        """Bring weights to where the rows are."""
-        arena, roll, block = self._arena, roll_of(step), self._arena.block(step)
-        while place not in roll.rails:
-            if self._next_rail(step, roll.hosts[place], ()) is None:
-                return
-            yield
-        rail, rows = roll.rails[place], len(weights)
-        slot, mirror = block.host_slots[rail], block.source_slots[arena.rank]
-        arena.weights(step, arena.rank, slot.rows, rows)[:] = weights
-        record = arena.record(step, Kind.WEIGHTS, rows, nbytes=rows * arena.config.top_k * 4)
-        yield from self._transfer(step, rail, record, slot, mirror, slot.rows, arena.tables(step, rows).weights)
-
-    def _transfer(
-        self, step: Step, peer: int, record: Record, slot: Slot, mirror: Slot, at: int, start: int
-    ) -> Generator[None, None, bool]:
-        """Write `record.nbytes` from `start`, relative to the row at offset `at`, to the same place of the mirror;
-        when that is complete, write the record. False if the peer is lost."""
-        arena, traffic = self._arena, step.traffic
-        if record.kind == Kind.COMBINE:
-            traffic.combine_posted = traffic.combine_posted or time.monotonic_ns()
-        else:
-            traffic.dispatch_posted = traffic.dispatch_posted or time.monotonic_ns()
-        own = arena.memory.address(arena.rank)
-        outbox, inbox = slot.outbox + RECORD_BYTES * record.kind, mirror.inbox + RECORD_BYTES * record.kind
-        place = arena.memory.position(arena.rank, outbox)
-        used = (step.channel, step.parity, peer)
-        if record.kind == Kind.DISPATCH and used in self._dirty:
-            arena.memory.bytes[place : place + RECORD_BYTES] = withdrawn(step.number)
-            if not (yield from self._write(step, peer, own + outbox, inbox, RECORD_BYTES)):
-                return False
-            self._dirty.discard(used)
-        if record.nbytes and not (
-            yield from self._write(step, peer, own + at + start, mirror.rows + start, record.nbytes)
-        ):
-            return False
-        arena.memory.bytes[place : place + RECORD_BYTES] = record.pack()
-        if not (yield from self._write(step, peer, own + outbox, inbox, RECORD_BYTES)):
-            return False
-        traffic.wire_bytes += record.nbytes + RECORD_BYTES
-        return True
-
-    def _write(self, step: Step, peer: int, source: int, target: int, nbytes: int) -> Generator[None, None, bool]:
-        """One engine write to an offset of a peer's region, until it is applied there. False if the peer is lost; one
-        that cannot be written to is accused."""
-        remote, roll = self._peers[peer], roll_of(step)
-        budget = _WRITE_SHARE * self._timeout
-        started = time.monotonic()
-        try:
-            batch = self._engine.submit_write(remote.engine, source, remote.address + target, nbytes)
-            while not self._engine.is_done(batch, remote.engine):
-                if self._lookout.lost(roll, peer):
-                    return False
-                if time.monotonic() - started > budget:
-                    raise EngineError(f"a write of {nbytes} bytes did not end within {budget:g} s")
-                yield
-        except EngineError as error:
-            self._lookout.accuse(roll, peer, f"{remote.engine} could not be written to: {error}")
-            return False
-        return True

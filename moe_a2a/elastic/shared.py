@@ -6,7 +6,8 @@ withdrawn before what it announced is overwritten, and who has read rows looks a
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from typing import Generic, TypeVar
 
 import numpy as np
 
@@ -26,34 +27,47 @@ from moe_a2a.transport.wire import (
     write_record,
 )
 
+K = TypeVar("K", bound=Hashable)
+
 
 def roll_of(step: Step) -> Roll:
     assert step.roll is not None  # of every step of an elastic group
     return step.roll
 
 
-def own_host(roll: Roll, rank: int) -> tuple[int, ...]:
-    return next(host for host in roll.hosts if rank in host)
-
-
 def mask_of(ranks: Collection[int]) -> int:
     return sum(1 << rank for rank in ranks)
 
 
-class Spots:
-    """The places where one transport looks for records; kept, because to make one costs more than to look."""
+#: Where a record is: (rank in whose region, offset of the mailbox there, rank that writes it).
+Where = tuple[int, int, int]
 
-    def __init__(self, arena: Arena) -> None:
-        self._arena = arena
-        self._kept: dict[int, Spot] = {}
 
-    def at(self, step: Step, kind: Kind, owner: int, mailbox: int, sender: int) -> Spot:
-        """The place of a record of `sender` in a mailbox of `owner`'s region, which no other sender uses."""
-        at = self._arena.memory.position(owner, mailbox + RECORD_BYTES * kind)
-        spot = self._kept.get(at)
-        if spot is None:
-            spot = self._kept[at] = Spot(self._arena.memory.bytes, at, kind)
-        return spot.aim(step.number, roll_of(step).incarnations[sender])
+class Spots(Generic[K]):
+    """The places where one transport looks for records of one kind; kept while the same processes take part, because to
+    make them costs more than to look.
+
+    where: for a step, all places where each record may come, the likeliest first.
+    """
+
+    def __init__(self, arena: Arena, kind: Kind, where: Callable[[Step], Mapping[K, Sequence[Where]]]) -> None:
+        self._arena, self._kind, self._where = arena, kind, where
+        self._kept: dict[tuple[int, int], tuple[dict[int, int], dict[K, tuple[Spot, ...]]]] = {}
+
+    def of(self, step: Step, roll: Roll) -> dict[K, tuple[Spot, ...]]:
+        kept = self._kept.get((step.channel, step.parity))
+        if kept is None or kept[0] is not roll.incarnations:
+            kept = self._kept[step.channel, step.parity] = self._make(step)
+        return kept[1]
+
+    def _make(self, step: Step) -> tuple[dict[int, int], dict[K, tuple[Spot, ...]]]:
+        memory, incarnations = self._arena.memory, roll_of(step).incarnations
+
+        def spot(owner: int, mailbox: int, sender: int) -> Spot:
+            at = memory.position(owner, mailbox + RECORD_BYTES * self._kind)
+            return Spot(memory.bytes, at, self._kind, incarnations[sender], owner, sender)
+
+        return incarnations, {key: tuple(spot(*at) for at in places) for key, places in self._where(step).items()}
 
 
 def announce(arena: Arena, step: Step, kind: Kind, record: Record) -> None:
@@ -67,9 +81,7 @@ class ElasticShared:
     def __init__(self, arena: Arena, lookout: Lookout, budget_s: float) -> None:
         self._arena, self._lookout, self._budget = arena, lookout, budget_s
         self.sources = arena.peers
-        self._places = Spots(arena)
-        #: (channel, parity, kind) -> where the records were that the last wait found.
-        self._spots: dict[tuple[int, int, Kind], dict[int, Spot]] = {}
+        self._spots = {kind: Spots(arena, kind, self._mailboxes) for kind in Kind}
 
     def send_dispatch(self, step: Step) -> None:
         arena = self._arena
@@ -79,8 +91,9 @@ class ElasticShared:
     def recv_dispatch(self, step: Step) -> list[Arrival]:
         arena, at, roll = self._arena, self._arena.block(step).publish, roll_of(step)
         records = self._wait(step, Kind.DISPATCH, "dispatch")
-        roll.epochs.update({rank: record.epoch for rank, record in records.items()})
-        return [arena.arrival(step, rank, record, rank, at) for rank, record in sorted(records.items())]
+        for rank, (record, spot) in records.items():
+            roll.epochs[rank], roll.reading[rank] = record.epoch, spot
+        return [arena.arrival(step, rank, record, rank, at) for rank, (record, _) in sorted(records.items())]
 
     def send_weights(self, step: Step, weights: FloatArray) -> None:
         arena = self._arena
@@ -100,38 +113,34 @@ class ElasticShared:
 
     def recv_combine(self, step: Step, discarded: bool = False) -> dict[SumOrder, Contribution]:
         arena, roll = self._arena, roll_of(step)
-        records = self._wait(step, Kind.COMBINE, "combine")
-        check_discarded(step, records, discarded)
+        came = self._wait(step, Kind.COMBINE, "combine")
+        check_discarded(step, {rank: record for rank, (record, _) in came.items()}, discarded)
         # A rank that left this one out has no sums for it.
-        records = {rank: record for rank, record in records.items() if record.mask >> arena.rank & 1}
-        roll.returned.update(records)
-        first = own_host(roll, arena.rank)[0]
-        hits = step.outgoing.hits
+        roll.reading = {rank: spot for rank, (record, spot) in came.items() if record.mask >> arena.rank & 1}
+        roll.returned.update(roll.reading)
+        first, hits = roll.here[0], step.outgoing.hits
         return {
             (first, rank): Contribution(np.flatnonzero(hits[:, rank]), arena.partials_row(step, rank, arena.rank))
-            for rank in records
+            for rank in roll.reading
         }
 
-    def torn(self, step: Step, kind: Kind, ranks: Collection[int]) -> set[int]:
-        """Those of the ranks of this host that did not leave in place what they had announced."""
-        spots = self._spots[step.channel, step.parity, kind]
-        return {rank for rank in ranks if not spots[rank].stands()}
+    def _mailboxes(self, step: Step) -> dict[int, list[Where]]:
+        mailbox = self._arena.block(step).mailbox
+        return {rank: [(rank, mailbox, rank)] for rank in roll_of(step).here}
 
-    def _spot(self, step: Step, kind: Kind, rank: int) -> Spot:
-        return self._places.at(step, kind, rank, self._arena.block(step).mailbox, rank)
-
-    def _wait(self, step: Step, kind: Kind, what: str, among: Collection[int] | None = None) -> dict[int, Record]:
+    def _wait(
+        self, step: Step, kind: Kind, what: str, among: Collection[int] | None = None
+    ) -> dict[int, tuple[Record, Spot]]:
         """Records of the ranks of this host that are not lost."""
         roll = roll_of(step)
+        spots = self._spots[kind].of(step, roll)
+        if among is not None:
+            spots = {rank: where for rank, where in spots.items() if rank in among}
 
-        def awaited(rank: int) -> Awaited:
-            return Awaited({rank: spots[rank]}, rank, lambda: self._lookout.lost(roll, rank), lambda: rank)
+        def about(rank: int) -> Awaited:
+            return Awaited(rank, lambda: self._lookout.lost(roll, rank), lambda: rank)
 
-        here = own_host(roll, self._arena.rank)
-        ranks = [rank for rank in here if among is None or rank in among]
-        spots = {rank: self._spot(step, kind, rank) for rank in ranks}
-        self._spots[step.channel, step.parity, kind] = spots
-        found, lost = self._lookout.wait(step, {rank: awaited(rank) for rank in ranks}, self._budget, what)
+        found, lost = self._lookout.wait(step, spots, self._budget, what, about)
         roll.missing.update(set(lost) - roll.left)
         return found
 

@@ -46,13 +46,24 @@ class NewView:
 
 
 @dataclass(frozen=True)
+class Alive:
+    """The sender's host is there, and these are its ranks. at: the sender's clock: what was recorded and is sent again
+    is behind; ranks: rank -> incarnation; waits: ms that a rank has been waiting for others, of those that
+    do."""
+
+    at: int
+    ranks: dict[int, int]
+    waits: dict[int, int]
+
+
+@dataclass(frozen=True)
 class Message:
     """rank, incarnation: of a rank of the sender's host that takes (or took) part. Only members are listened to."""
 
     group: str
     rank: int
     incarnation: int
-    content: Died | NewView
+    content: Died | NewView | Alive
 
 
 def encode(message: Message, secret: bytes) -> bytes:
@@ -60,6 +71,14 @@ def encode(message: Message, secret: bytes) -> bytes:
     if isinstance(message.content, Died):
         body |= {"kind": "died", "ranks": [list(pair) for pair in message.content.ranks.items()]}
         body["note"] = message.content.note
+        return seal(encode_json(body), secret)
+    if isinstance(message.content, Alive):
+        body |= {
+            "kind": "alive",
+            "at": message.content.at,
+            "ranks": [list(pair) for pair in message.content.ranks.items()],
+        }
+        body["waits"] = [list(pair) for pair in message.content.waits.items()]
         return seal(encode_json(body), secret)
     body |= {"kind": "view", "view": encode_view(message.content.view).decode()}
     return seal(encode_json(body), secret)
@@ -69,9 +88,11 @@ def decode(data: bytes, secret: bytes) -> Message:
     """Raises MessageError."""
     body = decode_json(unseal(data, secret), MAX_MESSAGE_BYTES, "a message")
     kind = text(body, "kind")
-    content: Died | NewView
+    content: Died | NewView | Alive
     if kind == "died":
         content = Died(incarnations(body), text(body, "note"))
+    elif kind == "alive":
+        content = Alive(number(body, "at", 1), incarnations(body), incarnations(body, "waits"))
     elif kind == "view":
         content = NewView(decode_view(text(body, "view", MAX_MESSAGE_BYTES).encode()))
     else:

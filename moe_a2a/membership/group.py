@@ -179,6 +179,8 @@ def _decode_charter(data: bytes) -> dict[str, Any]:
 
 def _compare(group: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     own = json.loads(json.dumps(own))  # tuples are lists in JSON
+    if group.get("format") != own.get("format"):
+        raise JoinRefused("the group runs another version of moe-a2a; install one version on all ranks")
     for field in sorted({*group, *own}):
         if group.get(field) != own.get(field):
             raise JoinRefused(

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
-import os
 import secrets
-import signal
-import socket
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,27 +13,18 @@ from typing import Any
 from moe_a2a.errors import (
     ConfigError,
     ExcludedFromView,
-    JoinRefused,
-    MessageError,
     MoeA2AError,
     StoreAway,
 )
 from moe_a2a.hosts import own_label
+from moe_a2a.membership.line import Line
 from moe_a2a.membership.page import Page
 from moe_a2a.membership.registered import PROTOCOL, why_outside
+from moe_a2a.membership.settings import Settings
 from moe_a2a.membership.store import applied_name, check_group, split_url
 from moe_a2a.membership.view import Endpoint, State, View
-from moe_a2a.membership.watcher import Settings, peer_credentials
-from moe_a2a.membership.watcher_process import start_watcher
-from moe_a2a.membership.wire import MAX_REQUEST_BYTES, decode_json, encode_json, encode_view, number, text
+from moe_a2a.membership.wire import encode_view, number
 
-_ERRORS: dict[str, type[MoeA2AError]] = {
-    error.__name__: error for error in (ConfigError, ExcludedFromView, JoinRefused, MessageError, StoreAway)
-}
-#: A watcher that gives no sign of life for so long hangs: it is ended, and another one started.
-HANGS_S = 5.0
-_LOOK_S = 1.0
-_START_S = 30.0
 _GOODBYE_S = 2.0
 _SETTLE_NAP_S = 0.002
 
@@ -82,26 +68,18 @@ class Member:
     def __init__(self, options: MemberOptions, on_change: Callable[[View], None] | None = None, rank: int = -1) -> None:
         if not options.store:
             raise ConfigError("store is empty; give the address of the group's store")
-        self.options, self._settings = options, options.settings()
-        self.host = self._settings.host
+        settings = options.settings()
+        self.options, self.host = options, settings.host
         self.rank, self.incarnation = rank, _new_incarnation()
         self.page = Page()
         self._on_change = on_change
         self._view: View | None = None
         self._sequence = 0
         self._reported = 0
-        self._ids = itertools.count(1)
-        self._answers: dict[int, dict[str, Any]] = {}
-        self._news = threading.Condition()
-        self._connection: socket.socket | None = None
         self._published: dict[str, bytes] = {}
         self._keep = options.keep_store
-        self._watcher_pid = 0
-        self._watcher_address = ""
         self._closed = False
-        self._connect()
-        self._thread = threading.Thread(target=self._listen, name="moe_a2a-member", daemon=True)
-        self._thread.start()
+        self._line = Line(settings, self.page, self._hello, self._put_again, self._report)
 
     # what is the case
 
@@ -134,7 +112,7 @@ class Member:
         MoeA2AError."""
         limit = self.options.timeout_s if timeout_s is None else timeout_s
         deadline = time.monotonic() + limit
-        with self._news:
+        with self._line.news:
             while True:
                 if self.page.epoch and until(self.view):
                     return self.view
@@ -142,7 +120,7 @@ class Member:
                 if left <= 0:
                     kind = StoreAway if self.frozen else MoeA2AError
                     raise kind(f"no view came that was waited for within {limit:g} s (epoch {self.page.epoch})")
-                self._news.wait(min(left, 0.1))
+                self._line.news.wait(min(left, 0.1))
 
     def wait_active(self, timeout_s: float | None = None) -> View:
         """Wait until a member has activated this one. Raises ExcludedFromView if it was found failed meanwhile."""
@@ -242,13 +220,8 @@ class Member:
                 self._ask("leave", _GOODBYE_S, ranks=ranks, steps=None)
         with contextlib.suppress(MoeA2AError):
             self._ask("goodbye", _GOODBYE_S)
-        with self._news:
-            self._closed = True
-            if self._connection is not None:
-                with contextlib.suppress(OSError):
-                    self._connection.shutdown(socket.SHUT_RDWR)
-        if threading.current_thread() is not self._thread:
-            self._thread.join(timeout=_GOODBYE_S)
+        self._closed = True
+        self._line.close(_GOODBYE_S)
         self.page.close()
 
     def __enter__(self) -> Member:
@@ -260,8 +233,13 @@ class Member:
     # the watcher
 
     @property
+    def watcher_pid(self) -> int:
+        """Of this host's watcher at the moment."""
+        return self._line.watcher_pid
+
+    @property
     def endpoint(self) -> Endpoint:
-        return Endpoint(self._watcher_address, self.incarnation, self.host)
+        return Endpoint(self._line.watcher_address, self.incarnation, self.host)
 
     def _reserve(self, rank: int) -> None:
         self.rank = number(self._ask("reserve", rank=rank, incarnation=self.incarnation), "rank", 0, 1023)
@@ -271,120 +249,23 @@ class Member:
         self._keep = True
         self._ask("keep")
 
-    def _connect(self) -> None:
-        """Find this host's watcher, or start it. Raises MoeA2AError."""
-        deadline = time.monotonic() + _START_S
-        started = False
-        while True:
-            connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            try:
-                connection.connect(self._settings.socket_name)
-                break
-            except OSError as error:
-                connection.close()
-                if time.monotonic() > deadline:
-                    raise MoeA2AError(f"the watcher of host {self.host} cannot be reached: {error}") from error
-                if not started:
-                    start_watcher(self._settings)
-                    started = True
-                else:
-                    time.sleep(0.01)
-        pid, uid = peer_credentials(connection)
-        if uid != os.getuid():
-            connection.close()
-            raise MoeA2AError(f"the watcher of host {self.host} belongs to user {uid}; this process to {os.getuid()}")
+    def _ask(self, what: str, timeout_s: float | None = None, **content: Any) -> dict[str, Any]:
+        return self._line.ask(what, self.options.timeout_s if timeout_s is None else timeout_s, **content)
+
+    def _hello(self) -> dict[str, Any]:
         known = self._view.slots[self.rank].endpoint if self._view is not None and self.rank >= 0 else None
         address = known.address if known is not None and known.host == self.host else ""
         hello = {"hello": PROTOCOL, "rank": self.rank, "incarnation": self.incarnation, "address": address}
-        hello["keep"] = self._keep
-        try:
-            connection.settimeout(_START_S)
-            socket.send_fds(connection, [encode_json(hello)], [self.page.fd])
-            answer = decode_json(connection.recv(MAX_REQUEST_BYTES), MAX_REQUEST_BYTES, "the watcher's welcome")
-            if "error" in answer:
-                raise _ERRORS.get(str(answer.get("kind")), MoeA2AError)(str(answer["error"]))
-            self._watcher_address = text(answer, "welcome")
-        except (OSError, MessageError) as error:
-            connection.close()
-            raise MoeA2AError(f"the watcher of host {self.host} does not answer: {error}") from error
-        connection.settimeout(_LOOK_S)
-        with self._news:
-            self._connection, self._watcher_pid = connection, pid
-            self._news.notify_all()
+        return {**hello, "keep": self._keep}
 
-    def _listen(self) -> None:
-        while not self._closed:
-            connection = self._connection
-            assert connection is not None
-            try:
-                data = connection.recv(MAX_REQUEST_BYTES)
-            except TimeoutError:
-                if self.page.beat_age_s > HANGS_S:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(self._watcher_pid, signal.SIGKILL)
-                continue
-            except OSError:
-                data = b""
-            if not data:
-                connection.close()
-                if not self._closed:
-                    self._reconnect()
-                continue
-            with contextlib.suppress(MessageError):
-                self._take(decode_json(data, MAX_REQUEST_BYTES, "a message of the watcher"))
+    def _put_again(self) -> list[dict[str, Any]]:
+        return [{"ask": "put", "name": name, "value": value.hex()} for name, value in list(self._published.items())]
 
-    def _reconnect(self) -> None:
-        """The watcher died. Another one takes this rank over; until then nobody sees ranks of this host die."""
-        with self._news:
-            self._connection = None
-        while not self._closed:
-            try:
-                self._connect()
-                assert self._connection is not None
-                for name, value in list(
-                    self._published.items()
-                ):  # the new watcher has to know them; answers go nowhere
-                    with contextlib.suppress(OSError):
-                        self._connection.send(encode_json({"id": 0, "ask": "put", "name": name, "value": value.hex()}))
-                return
-            except MoeA2AError:
-                time.sleep(0.5)
-
-    def _take(self, message: dict[str, Any]) -> None:
-        with self._news:
-            if message.get("id"):
-                self._answers[number(message, "id")] = message
-            self._news.notify_all()
+    def _report(self) -> None:
         if self._on_change is not None and self.page.epoch > self._reported:
             view = self.view
             self._reported = view.epoch
             self._on_change(view)
-
-    def _ask(self, what: str, timeout_s: float | None = None, **content: Any) -> dict[str, Any]:
-        """Ask the watcher, and ask again if it dies meanwhile: all requests may be made twice."""
-        limit = self.options.timeout_s if timeout_s is None else timeout_s
-        deadline = time.monotonic() + limit
-        asked_of: socket.socket | None = None
-        key = next(self._ids)
-        request = encode_json({"id": key, "ask": what, **content})
-        if len(request) > MAX_REQUEST_BYTES:
-            raise ConfigError(f"{what} takes {len(request)} bytes; allowed are {MAX_REQUEST_BYTES}")
-        if self._closed:
-            raise MoeA2AError("this member is closed; make a new one")
-        with self._news:
-            while key not in self._answers:
-                if self._connection is not None and self._connection is not asked_of:
-                    asked_of = self._connection
-                    with contextlib.suppress(OSError):  # then it has died, and the thread will see
-                        asked_of.send(request)
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    raise StoreAway(f"{what}: the store {self.options.store} did not answer within {limit:g} s")
-                self._news.wait(min(left, 0.1))
-            answer = self._answers.pop(key)
-        if "error" in answer:
-            raise _ERRORS.get(str(answer.get("kind")), MoeA2AError)(str(answer["error"]))
-        return answer
 
     def found(self, first: View) -> None:
         """Put a group's first view into the store. All founders bring the same; any may be first."""

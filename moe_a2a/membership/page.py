@@ -5,9 +5,11 @@ at one word, without a lock, a system call or a thread that has to be scheduled 
 the watcher dies and another one takes over.
 
 64-bit words: magic, sequence (odd while the view is being written), epoch, flags, time of the watcher's last sign of
-life, length of the view; from `FIRST_SLOT` one word per slot with the incarnation that takes part, or 0; then one per
-slot with the incarnation that is known to be dead, or 0; then three per slot with incarnation, process id and time of
-start of the processes that this watcher watches, for the next one; then the view's bytes. Order of stores is x86-64's.
+life, length of the view, time since when the rank itself waits for others (the rank's own word). Then, one word per
+slot each: from `FIRST_SLOT` the incarnation that takes part, or 0; from `FIRST_DEAD` the one that is known to be
+dead, or 0; three words with incarnation, process id and time of start of the processes that this watcher watches, for
+the next one; the time when its host was last heard of; the time since when it waits for others. Then the view's bytes.
+Times are CLOCK_MONOTONIC in ns, 0 for never. Order of stores is x86-64's.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import fcntl
 import mmap
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,12 +29,14 @@ from moe_a2a.errors import MessageError, MoeA2AError
 from moe_a2a.membership.view import MAX_RANKS, View
 from moe_a2a.membership.wire import MAX_VIEW_BYTES, decode_view
 
-_MAGIC = 0x6D6F655F61326131
-_VERSION_WORD, _SEQUENCE, _EPOCH, _FLAGS, _BEAT, _LENGTH = range(6)
+_MAGIC = 0x6D6F655F61326132
+_VERSION_WORD, _SEQUENCE, _EPOCH, _FLAGS, _BEAT, _LENGTH, _OWN_WAIT = range(7)
 FIRST_SLOT = 16
 FIRST_DEAD = FIRST_SLOT + MAX_RANKS
 _FIRST_PROCESS = FIRST_DEAD + MAX_RANKS
-_VIEW_BYTE = 8 * (_FIRST_PROCESS + 3 * MAX_RANKS)
+_FIRST_HEARD = _FIRST_PROCESS + 3 * MAX_RANKS
+_FIRST_WAIT = _FIRST_HEARD + MAX_RANKS
+_VIEW_BYTE = 8 * (_FIRST_WAIT + MAX_RANKS)
 PAGE_BYTES = _VIEW_BYTE + MAX_VIEW_BYTES
 STORE_AWAY = 1
 _TRIES = 10_000
@@ -119,7 +124,7 @@ class Page:
 
     def processes(self) -> dict[int, Process]:
         """rank -> what was remembered."""
-        words = self.words[_FIRST_PROCESS:].reshape(MAX_RANKS, 3)
+        words = self.words[_FIRST_PROCESS:_FIRST_HEARD].reshape(MAX_RANKS, 3)
         return {int(rank): Process(*map(int, words[rank])) for rank in words[:, 0].nonzero()[0]}
 
     def beat(self, store_away: bool) -> None:
@@ -127,7 +132,35 @@ class Page:
         self.words[_FLAGS] = STORE_AWAY if store_away else 0
         self.words[_BEAT] = time.monotonic_ns()
 
+    @property
+    def own_wait(self) -> int:
+        """Since when the rank of this page waits for others; 0 if it does not."""
+        return int(self.words[_OWN_WAIT])
+
+    def hear(self, ranks: Mapping[int, int]) -> None:
+        """The host of these ranks has been heard of. ranks: rank -> since when it waits for others, 0 if it does
+        not."""
+        now = time.monotonic_ns()
+        for rank, since in ranks.items():
+            self.words[_FIRST_WAIT + rank] = since
+            self.words[_FIRST_HEARD + rank] = now
+
     # the rank's side
+
+    def begin_wait(self, since: float) -> None:
+        """Say that this rank waits for others. since: time.monotonic()."""
+        self.words[_OWN_WAIT] = int(since * 1e9)
+
+    def end_wait(self) -> None:
+        self.words[_OWN_WAIT] = 0
+
+    def heard(self, rank: int) -> float:
+        """When the host of a rank was last heard of, time.monotonic(); 0 if never."""
+        return int(self.words[_FIRST_HEARD + rank]) / 1e9
+
+    def waits_since(self, rank: int) -> float:
+        """Since when a rank waits for others, as its host last said; 0 if it does not."""
+        return int(self.words[_FIRST_WAIT + rank]) / 1e9
 
     @property
     def epoch(self) -> int:
@@ -156,6 +189,10 @@ class Page:
     def is_dead(self, rank: int, incarnation: int) -> bool:
         """Whether this process is gone for certain."""
         return int(self.words[FIRST_DEAD + rank]) == incarnation
+
+    def deaths(self, slots: int) -> bytes:
+        """Changes whenever a process of these first slots is found to be gone."""
+        return self.words[FIRST_DEAD : FIRST_DEAD + slots].tobytes()
 
     @property
     def whole(self) -> bool:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import stat
 import struct
 import threading
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from moe_a2a.errors import ConfigError, MessageError, StoreAway
 from moe_a2a.membership.store import MAX_VALUE_BYTES
 from moe_a2a.membership.view import View
 from moe_a2a.membership.wire import decode_view, encode_view
+from moe_a2a.sockets import hang_up, sockets_to
 
 #: Views that stay readable; a member that is further behind begins again at the head.
 KEPT_VIEWS = 64
@@ -184,15 +184,15 @@ class _Connection:
         # torch tries again and again, for longer than its time limit: ask first.
         socket.create_connection((self._host, self._port), timeout=_CONNECT_S).close()
         # torch reads an answer without a time limit: a store that hangs would hang its users for ever.
-        before = _sockets_to(self._port)
-        patience = threading.Timer(_CONNECT_S, lambda: _hang_up(_sockets_to(self._port) - before))
+        before = sockets_to(self._port)
+        patience = threading.Timer(_CONNECT_S, lambda: hang_up(sockets_to(self._port) - before))
         patience.start()
         try:
             timeout = timedelta(seconds=_CONNECT_S)
             client = dist.TCPStore(self._host, self._port, is_master=False, timeout=timeout, wait_for_workers=False)
         finally:
             patience.cancel()
-        for fd in _sockets_to(self._port) - before:
+        for fd in sockets_to(self._port) - before:
             with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as connection:
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEVAL.pack(int(_ANSWER_S), 0))
         return client
@@ -206,24 +206,3 @@ def _number(data: bytes) -> int:
     if not data.isdigit():
         raise MessageError(f"the store holds {data[:40]!r} where the number of an epoch belongs")
     return int(data)
-
-
-def _sockets_to(port: int) -> set[int]:
-    """This process's descriptors of connections to a port."""
-    found = set()
-    for name in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):
-            fd = int(name)
-            if stat.S_ISSOCK(os.fstat(fd).st_mode):
-                with socket.socket(fileno=os.dup(fd)) as connection:
-                    peer = connection.getpeername()
-                    if isinstance(peer, tuple) and peer[1] == port:
-                        found.add(fd)
-    return found
-
-
-def _hang_up(fds: set[int]) -> None:
-    """End connections under whoever waits for them."""
-    for fd in fds:
-        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as connection:
-            connection.shutdown(socket.SHUT_RDWR)

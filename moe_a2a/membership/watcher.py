@@ -7,26 +7,24 @@ watcher for each. It ends when its last rank is gone. watcher_process.py has the
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import logging
 import os
 import queue
 import selectors
 import socket
-import struct
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 
 from moe_a2a.errors import ConfigError, MessageError, MoeA2AError
-from moe_a2a.membership.control import Channel, Died, Message, NewView
+from moe_a2a.membership.control import Alive, Channel, Died, Message, NewView
+from moe_a2a.membership.deaths import SECOND_HAND_S, Deaths, matters
 from moe_a2a.membership.link import StoreLink
 from moe_a2a.membership.page import Page, Process
 from moe_a2a.membership.registered import Registered
+from moe_a2a.membership.settings import Settings, peer_credentials
 from moe_a2a.membership.store import applied_name, change
-from moe_a2a.membership.view import View, mark_failed, move_watcher
+from moe_a2a.membership.view import View, move_watcher
 from moe_a2a.membership.wire import encode_json, encode_view
 
 _log = logging.getLogger(__name__)
@@ -34,33 +32,9 @@ _log = logging.getLogger(__name__)
 #: Seconds without a rank after which a watcher ends, and those that it waits for the first.
 LINGER_S, FIRST_S = 5.0, 60.0
 BEAT_S = 0.2
-#: What another host saw is proposed here too, if its own proposal has not come through by then.
-SECOND_HAND_S = 0.05
 MOST_RANKS = 1024
+_LONGEST_WAIT_MS = 3_600_000
 _GONE = "its process is gone"
-_CREDENTIALS = struct.Struct("3i")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a watcher is started with. control_address: where it takes messages of other hosts' watchers; loopback
-    unless told otherwise."""
-
-    store: str
-    group: str
-    host: str
-    control_address: str = "127.0.0.1"
-
-    @property
-    def socket_name(self) -> str:
-        said = json.dumps([os.getuid(), self.store, self.group, self.host])
-        return "\0moe_a2a-watcher-" + hashlib.sha256(said.encode()).hexdigest()[:24]
-
-
-def peer_credentials(connection: socket.socket) -> tuple[int, int]:
-    """(process id, user id) of the other end, from the kernel. The id is 0 if it is in another pid namespace."""
-    pid, uid, _ = _CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
-    return pid, uid
 
 
 class Watcher:
@@ -70,11 +44,9 @@ class Watcher:
         self._encoded = b""
         self.channel: Channel | None = None
         self._ranks: dict[int, Registered] = {}  # by descriptor of the connection
-        # (rank, incarnation) -> why, and when to propose. Kept: a store that lost its data may bring an old view back.
-        self._dead: dict[tuple[int, int], tuple[str, float]] = {}
         self._sender: tuple[int, int] | None = None  # (rank, incarnation) in whose name the others are told
         self._inherited: set[int] = set()  # incarnations
-        self._proposing = False
+        self._alive: dict[tuple[int, int], int] = {}  # (rank, incarnation) of a sender -> its clock
         self._posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._selector = selectors.DefaultSelector()
         self._wake_r, self._wake_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -91,6 +63,7 @@ class Watcher:
             self._silent,
             self._beat,
         )
+        self._deaths = Deaths(lambda: self.view, self.link.submit, self._changed)
 
     def close(self) -> None:
         """Once `run` has returned."""
@@ -117,19 +90,43 @@ class Watcher:
             if now - beat >= BEAT_S:
                 beat = now
                 self._beat()
+                self._tell_of_waits()
             if self._ranks:
                 self._last_user, self._allowed = now, LINGER_S
             elif now - self._last_user > self._allowed:
                 return
-            pending = any(self._matters(*key) for key in self._dead)
-            for key, _ in self._selector.select(SECOND_HAND_S if pending else BEAT_S):
+            for key, _ in self._selector.select(SECOND_HAND_S if self._deaths.pending else BEAT_S):
                 key.data()
-            self._propose()
+            self._deaths.propose()
 
     def _beat(self) -> None:
         """A sign of life for the ranks of this host, and whether the view is frozen."""
         for rank in self._ranks.values():
             rank.page.beat(self.link.away)
+
+    def _tell_of_waits(self) -> None:
+        """Tell all ranks that this host is there, and which of its ranks wait for others themselves: who hangs is to be
+        blamed for it, not who waits for him."""
+        now = time.monotonic_ns()
+        ranks = {rank.rank: rank for rank in self._ranks.values() if self._matters(rank.rank, rank.incarnation)}
+        since = {number: rank.page.own_wait for number, rank in ranks.items()}
+        self._hear_of(since)
+        if ranks and self.view is not None:
+            waits = {number: max(1, (now - began) // 1_000_000) for number, began in since.items() if began}
+            alive = Alive(now, {number: rank.incarnation for number, rank in ranks.items()}, waits)
+            self._tell(set(self.view.watchers().values()), alive)
+
+    def _take_alive(self, sender: tuple[int, int], alive: Alive) -> None:
+        if alive.at <= self._alive.get(sender, 0):  # recorded, and sent again
+            return
+        self._alive[sender] = alive.at
+        now = time.monotonic_ns()
+        since = {rank: now - min(ms, _LONGEST_WAIT_MS) * 1_000_000 for rank, ms in alive.waits.items()}
+        self._hear_of({rank: since.get(rank, 0) for rank, inc in alive.ranks.items() if self._matters(rank, inc)})
+
+    def _hear_of(self, since: Mapping[int, int]) -> None:
+        for rank in self._ranks.values():
+            rank.page.hear(since)
 
     def _run_posted(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -175,12 +172,7 @@ class Watcher:
     # deaths
 
     def _matters(self, rank: int, incarnation: int) -> bool:
-        """Whether the view still counts on a process."""
-        view = self.view
-        if view is None or not 0 <= rank < view.max_ranks:
-            return False
-        slot = view.slots[rank]
-        return slot.incarnation == incarnation and slot.state.value in ("ready", "active", "leaving")
+        return matters(self.view, rank, incarnation)
 
     def died(self, ranks: Mapping[int, int], note: str) -> None:
         """Processes of this host are gone: the ranks of all hosts may know at once, and the view follows."""
@@ -193,9 +185,8 @@ class Watcher:
         self._tell(set(self.view.watchers().values()), Died(dict(ranks), note))
 
     def _mark(self, ranks: Mapping[int, int], note: str, delay_s: float) -> None:
-        due = time.monotonic() + delay_s
+        self._deaths.add(ranks, note, delay_s)
         for rank, incarnation in ranks.items():
-            self._dead.setdefault((rank, incarnation), (note, due))
             for registered in self._ranks.values():
                 registered.page.mark_dead(rank, incarnation)
 
@@ -207,33 +198,8 @@ class Watcher:
                 for rank, slot in enumerate(self.view.slots)
                 if slot.endpoint and slot.endpoint.host in hosts and slot.endpoint.host != self.settings.host
             }
-            due = time.monotonic()
-            for rank, incarnation in gone.items():
-                if self._matters(rank, incarnation):
-                    self._dead.setdefault((rank, incarnation), ("its host's lease has ended", due))
-
-    def _propose(self) -> None:
-        """Propose the view without those that are dead; again and again while the store is away."""
-        now = time.monotonic()
-        due = {key: note for key, (note, at) in self._dead.items() if at <= now and self._matters(*key)}
-        if not due or self._proposing or self.view is None:
-            return
-        known = self.view
-
-        def without(view: View) -> View:
-            for note in dict.fromkeys(due.values()):
-                view = mark_failed(view, {r: i for (r, i), why in due.items() if why == note}, note)
-            return view
-
-        def done(view: View | None, error: Exception | None) -> None:
-            self._proposing = False
-            self._changed(view, error)
-            if error is not None:  # again, a little later
-                later = time.monotonic() + 2 * SECOND_HAND_S
-                self._dead.update({key: (note, later) for key, note in due.items()})
-
-        self._proposing = True
-        self.link.submit(lambda store: change(store, without, known), done)
+            known = {rank: incarnation for rank, incarnation in gone.items() if self._matters(rank, incarnation)}
+            self._deaths.add(known, "its host's lease has ended", 0.0)
 
     # other hosts
 
@@ -249,7 +215,7 @@ class Watcher:
             self._selector.register(self.channel.socket, selectors.EVENT_READ, self._hear)
         return self.channel
 
-    def _tell(self, addresses: set[str], content: View | Died) -> None:
+    def _tell(self, addresses: set[str], content: View | Died | Alive) -> None:
         """In the name of a rank of this host; of the last one that died, if there is none left."""
         alive = ((rank.rank, rank.incarnation) for rank in self._ranks.values() if rank.rank >= 0)
         self._sender = next(alive, self._sender)
@@ -268,6 +234,8 @@ class Watcher:
             elif isinstance(message.content, Died):
                 known = {r: i for r, i in message.content.ranks.items() if self._matters(r, i)}
                 self._mark(known, message.content.note, SECOND_HAND_S)
+            elif isinstance(message.content, Alive):
+                self._take_alive((message.rank, message.incarnation), message.content)
             else:
                 self.adopt(message.content.view)
 

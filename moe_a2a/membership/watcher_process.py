@@ -24,7 +24,8 @@ from dataclasses import asdict
 
 from moe_a2a.errors import MessageError, MoeA2AError
 from moe_a2a.membership.daemon import detach, log_file, settle, shared_secret
-from moe_a2a.membership.watcher import MOST_RANKS, Settings, Watcher, peer_credentials
+from moe_a2a.membership.settings import Settings, peer_credentials
+from moe_a2a.membership.watcher import MOST_RANKS, Watcher
 from moe_a2a.membership.wire import decode_json, encode_json
 
 _log = logging.getLogger(__name__)

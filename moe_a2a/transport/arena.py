@@ -124,21 +124,24 @@ class Arena:
         else:
             gather(out.rows, rows, packed)
 
-    def arrival(self, step: Step, source: int, record: Record, owner: int, at: int) -> Arrival:
-        """What `source` announced by `record`, lying in the region of `owner`. Headers are checked before they are
-        believed: raises MoeA2AError."""
+    def arrival(self, step: Step, source: int, record: Record, owner: int, at: int, keep: bool = False) -> Arrival:
+        """What `source` announced by `record`, lying in the region of `owner`. keep: tokens and ids are copies. Headers
+        are checked before they are believed: raises MoeA2AError."""
         check_header(step, source, record, self.config.max_tokens_per_rank)
         rows, tables = record.rows, self.tables(step, record.rows)
         tokens = self._array(owner, at + tables.tokens, (rows,), np.int32)
         if rows and (tokens.min() < 0 or tokens.max() >= record.tokens):
             raise MoeA2AError(f"{step}: rank {source} sent token numbers outside its {record.tokens} tokens")
+        ids = self._array(owner, at + tables.ids, (rows, self.config.top_k), np.int32)
+        if keep:
+            tokens, ids = tokens.copy(), ids.copy()
         scales = None
         if step.row_format != RowFormat.PLAIN:
             scales = self._array(owner, at + tables.scales, (rows, self.config.groups), np.float32)
         return Arrival(
             source,
             tokens,
-            self._array(owner, at + tables.ids, (rows, self.config.top_k), np.int32),
+            ids,
             self.weights(step, owner, at, rows) if step.has_weights else None,
             scales,
             self.rows_at(owner, at, step.row_format),

@@ -16,6 +16,7 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any, ClassVar
@@ -24,10 +25,12 @@ from packaging.version import Version
 
 from moe_a2a.errors import EngineError
 from moe_a2a.libraries import ENGINE_WHEELS, MINIMUM_ENGINE, how_to_get, install_engine, missing_library, replace_engine
+from moe_a2a.sockets import hang_up, sockets_to
 
 #: Engines that find each other without a server.
 P2P = "P2PHANDSHAKE"
 _NOISE = (b"Logging before InitGoogleLogging", b"Local segment descriptor not found")
+_LOOK_S = 5e-4
 _RDMA_DEVICES = pathlib.Path("/sys/class/infiniband")
 
 
@@ -64,7 +67,9 @@ def load() -> ModuleType:
             "MC_TCP_PROTO=1 turns off acknowledged TCP writes, so that rows could be read before they are there; "
             "unset it"
         )
-    os.environ.setdefault("MC_LOG_LEVEL", "ERROR")  # read when the first engine is made
+    # Read when the first engine is made. The first write to a peer connects to it, and waits for that.
+    os.environ.setdefault("MC_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("MC_HANDSHAKE_CONNECT_TIMEOUT", "1")
     try:
         return importlib.import_module("mooncake.engine")
     except ImportError as error:
@@ -185,6 +190,25 @@ class Engine:
 
     def unregister(self, address: int) -> None:
         self._engine.unregister_memory(address)
+
+    def reach(self, peer: str, source: int, target: int, nbytes: int, limit_s: float) -> None:
+        """Make a first write to a peer: it connects to it. Raises EngineError if that takes longer than the limit.
+
+        The engine itself would wait up to a minute for the answer of a process that was stopped, and keep all other
+        writes of this process waiting.
+        """
+        port, deadline = int(peer.rpartition(":")[2]), time.monotonic() + limit_s
+        before = sockets_to(port)
+        patience = threading.Timer(limit_s, lambda: hang_up(sockets_to(port) - before))
+        patience.start()
+        try:
+            batch = self.submit_write(peer, source, target, nbytes)
+        finally:
+            patience.cancel()
+        while not self.is_done(batch, peer):
+            if time.monotonic() > deadline:
+                raise EngineError(f"{peer} does not answer within {limit_s:g} s")
+            time.sleep(_LOOK_S)
 
     def submit_write(self, peer: str, source: int, target: int, nbytes: int) -> int:
         """Post one write of registered memory to a peer's registered memory. Returns a batch id; never waits for the

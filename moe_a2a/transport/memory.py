@@ -24,6 +24,7 @@ _F_SEAL_FUTURE_WRITE = 0x10
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | _F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SEAL
 _MAP_FIXED = 0x10
 _MAP_NORESERVE = 0x4000
+_MREMAP_MAYMOVE = 1
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 # 64-bit words at the start of a region.
@@ -40,6 +41,8 @@ _libc.mmap.argtypes = (
     ctypes.c_int,
     ctypes.c_long,
 )
+_libc.mremap.restype = ctypes.c_void_p
+_libc.mremap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int)
 _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 
 
@@ -70,12 +73,23 @@ def available_memory() -> int:
 
 def _map(address: int | None, nbytes: int, protection: int, flags: int, fd: int) -> int:
     mapped = _libc.mmap(address, nbytes, protection, flags, fd, 0)
-    if mapped is None or mapped == _MAP_FAILED:
+    return _mapped(mapped, nbytes)
+
+
+def _mapped(address: int | None, nbytes: int) -> int:
+    if address is None or address == _MAP_FAILED:
         code = ctypes.get_errno()
         raise MoeA2AError(
             f"cannot map {nbytes} bytes of shared memory: {os.strerror(code)} ({errno.errorcode.get(code, code)})"
         )
-    return int(mapped)
+    return int(address)
+
+
+def forget(address: int, nbytes: int) -> None:
+    """Let a mapping go, and keep its addresses from being used again: who still writes there writes into memory that
+    nobody reads."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE | _MAP_FIXED
+    _map(address, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1)
 
 
 class HostMemory:
@@ -86,7 +100,8 @@ class HostMemory:
         self.fd = os.memfd_create("moe_a2a", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(self.fd, nbytes)
         private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-        self._base = _map(None, nbytes * count, 0, private, -1)
+        # A region that is not mapped yet reads as zeros, which no record is.
+        self._base = _map(None, nbytes * count, mmap.PROT_READ, private, -1)
         self._map_region(index, self.fd, mmap.PROT_READ | mmap.PROT_WRITE)
         fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
         self._raw = (ctypes.c_uint8 * (nbytes * count)).from_address(self._base)
@@ -106,6 +121,13 @@ class HostMemory:
                 f"a peer's memory region has {size} bytes, expected {self.nbytes}; do all ranks run one version?"
             )
         self._map_region(index, fd, mmap.PROT_READ)
+
+    def window(self, offset: int, nbytes: int) -> int:
+        """Address of one more writable mapping of a part of the own region, both in whole pages. It outlives this
+        object, until `forget`."""
+        # The seal lets nobody map it again; but a mapping that is there may be doubled (mremap of 0 bytes).
+        own = self.address(self.index, offset)
+        return _mapped(_libc.mremap(own, 0, nbytes, _MREMAP_MAYMOVE), nbytes)
 
     def address(self, index: int, offset: int = 0) -> int:
         """Virtual address in this process."""

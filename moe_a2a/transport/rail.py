@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -164,11 +164,11 @@ class RailTransport:
             records = yield from self._collect(step)
         except RankLost as error:
             missing = error.ranks[0] if error.ranks else arena.rank
-            failed = replace(record, status=Status.FAULT, missing=missing, rows=0, nbytes=0)
+            failed = record._replace(status=Status.FAULT, missing=missing, rows=0, nbytes=0)
             yield from self._transfer(step, source, failed, slot, target, slot.rows, 0)
             raise
         if any(r.status == Status.DISCARDED for r in records.values()):
-            record = replace(record, status=Status.DISCARDED, rows=0, nbytes=0)
+            record = record._replace(status=Status.DISCARDED, rows=0, nbytes=0)
         elif len(arrival.ids):
             self._sum_partials(step, arrival, slot)
         yield from self._transfer(step, source, record, slot, target, slot.rows, 0)

@@ -9,6 +9,9 @@ channel and parity:
     host slot   one per other host: tables and rows of the tokens that go there; the combined rows come back into it
     source slot one per rank of other hosts (enough for any re-railing): its mirror on the receiving side
 
+In elastic groups there is a host slot for every rank, and all slots that a rank of another host writes into, of all
+channels and parities, lie together in its lane, which is whole pages.
+
 Every row area starts at a multiple of the row size, and a region is a multiple of it too, so that all row areas of
 all regions that are mapped side by side are rows of one table.
 """
@@ -66,44 +69,60 @@ class RegionLayout:
     """The region of any rank of one host.
 
     blocks: [channel][parity]; nbytes: size of the region; engine_start: the engine reads and writes from here on.
-    What only this rank and its host use lies before it, out of reach of other hosts.
+    What only this rank and its host use lies before it, out of reach of other hosts. lanes: by rank, (start, bytes) of
+    what that rank writes if it is on another host; elastic groups only.
     """
 
     blocks: tuple[tuple[Block, ...], ...]
     nbytes: int
     engine_start: int
+    lanes: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def of(cls, config: Config, hosts: HostMap, host: int) -> RegionLayout:
-        return cls._of(config, len(hosts.host_of), hosts.remote_hosts(host), hosts.remote_ranks(host))
+        start = _Start(config, len(hosts.host_of))
+        cursor = start.cursor
+        blocks = []
+        for mailbox, partials in zip(start.mailboxes, start.partials, strict=True):
+            publish = _rows(cursor, config)
+            host_slots = {h: _slot(cursor, config) for h in hosts.remote_hosts(host)}
+            source_slots = {s: _slot(cursor, config) for s in hosts.remote_ranks(host)}
+            blocks.append(Block(mailbox, partials, publish, host_slots, source_slots))
+        return cls(*start.finish(blocks))
 
     @classmethod
     def elastic(cls, config: Config, max_ranks: int, several_hosts: bool) -> RegionLayout:
         """The region of any rank of an elastic group, alike for all, because nobody knows who comes later, and where.
         host_slots: one per rank, used while that one is the rail peer; source_slots: one per rank."""
-        ranks = tuple(range(max_ranks)) if several_hosts else ()
-        return cls._of(config, max_ranks, ranks, ranks)
+        start = _Start(config, max_ranks)
+        cursor = start.cursor
+        places = zip(start.mailboxes, start.partials, strict=True)
+        blocks = [Block(mailbox, partials, _rows(cursor, config), {}, {}) for mailbox, partials in places]
+        lanes = []
+        for rank in range(max_ranks) if several_hosts else ():
+            first = cursor.take(0, PAGE)
+            for block in blocks:
+                block.host_slots[rank], block.source_slots[rank] = _slot(cursor, config), _slot(cursor, config)
+            lanes.append((first, cursor.take(0, PAGE) - first))
+        return cls(*start.finish(blocks), tuple(lanes))
 
-    @classmethod
-    def _of(cls, config: Config, ranks: int, hosts: tuple[int, ...], sources: tuple[int, ...]) -> RegionLayout:
-        cursor = _Cursor(CONTROL_BYTES)
+
+class _Start:
+    """What all regions begin with, and end with."""
+
+    def __init__(self, config: Config, ranks: int) -> None:
+        self._config, self.cursor = config, _Cursor(CONTROL_BYTES)
         count = len(config.channels) * PARITIES
         sums = ranks * config.max_tokens_per_rank * config.row_bytes
-        mailboxes = [cursor.take(MAILBOX_BYTES) for _ in range(count)]
-        partials = [cursor.take(sums, config.row_bytes) for _ in range(count)]
-        engine_start = cursor.take(0, PAGE)
-        blocks = [
-            Block(
-                mailbox=mailboxes[i],
-                partials=partials[i],
-                publish=_rows(cursor, config),
-                host_slots={h: _slot(cursor, config) for h in hosts},
-                source_slots={s: _slot(cursor, config) for s in sources},
-            )
-            for i in range(count)
-        ]
-        by_channel = tuple(tuple(blocks[i : i + PARITIES]) for i in range(0, count, PARITIES))
-        return cls(by_channel, cursor.take(0, math.lcm(config.row_bytes, PAGE)), engine_start)
+        self.mailboxes = [self.cursor.take(MAILBOX_BYTES) for _ in range(count)]
+        self.partials = [self.cursor.take(sums, config.row_bytes) for _ in range(count)]
+        self._engine_start = self.cursor.take(0, PAGE)
+
+    def finish(self, blocks: list[Block]) -> tuple[tuple[tuple[Block, ...], ...], int, int]:
+        """(blocks by channel, size of the region, engine_start)."""
+        by_channel = tuple(tuple(blocks[i : i + PARITIES]) for i in range(0, len(blocks), PARITIES))
+        nbytes = self.cursor.take(0, math.lcm(self._config.row_bytes, PAGE))
+        return by_channel, nbytes, self._engine_start
 
 
 def _rows(cursor: _Cursor, config: Config) -> int:

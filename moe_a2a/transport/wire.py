@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -44,8 +45,7 @@ class Status(IntEnum):
     FAULT = 2
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(NamedTuple):
     """One announcement. rows: rows that lie in the announced place; tokens: T of the source in this step;
     format: `RowFormat` code; missing: the rank that a FAULT is about; nbytes: bytes of the data write; epoch: of the
     newest view whose ranks the sender can reach; mask: a bit for each rank whose rows took part, in announcements of
@@ -132,32 +132,31 @@ def withdrawn(step: int) -> bytes:
 
 
 class Spot:
-    """A place for records of one kind, aimed at one step of one sender after another.
+    """A place for records of one kind from one process, step after step. owner: the rank in whose region it is; sender:
+    the rank that writes there.
 
-    `poll` reads the record, None until it is there; `stands` tells whether it is still there, and so what it announced;
-    `passed` whether the sender has gone on to later steps.
+    `poll` reads a step's record, None until it is there; `stands` tells whether it is still there, and so what it
+    announced; `passed` whether the sender has gone on to later steps.
     """
 
-    def __init__(self, memory: memoryview, offset: int, kind: Kind) -> None:
-        self._memory, self._offset, self._kind = memory, offset, kind
-        self._step = self._incarnation = -1
+    def __init__(
+        self, memory: memoryview, offset: int, kind: Kind, incarnation: int, owner: int = NO_RANK, sender: int = NO_RANK
+    ) -> None:
+        self._memory, self._offset, self._kind, self._incarnation = memory, offset, kind, incarnation
+        self.owner, self.sender = owner, sender
         self._word = np.frombuffer(memory, np.uint64, 1, offset + _STEP_OFFSET)
 
-    def aim(self, step: int, incarnation: int) -> Spot:
-        self._step, self._incarnation = step, incarnation
-        return self
-
-    def poll(self) -> Record | None:
-        if int(self._word[0]) != self._step:
+    def poll(self, step: int) -> Record | None:
+        if int(self._word[0]) != step:
             return None
         data = bytes(self._memory[self._offset : self._offset + RECORD_BYTES])
-        return _record(data, self._kind, self._step, self._incarnation)
+        return _record(data, self._kind, step, self._incarnation)
 
-    def stands(self) -> bool:
-        return int(self._word[0]) == self._step
+    def stands(self, step: int) -> bool:
+        return int(self._word[0]) == step
 
-    def passed(self) -> bool:
-        return int(self._word[0]) & ~_WITHDRAWN > self._step
+    def passed(self, step: int) -> bool:
+        return int(self._word[0]) & ~_WITHDRAWN > step
 
 
 def step_words(memory: memoryview, offset: int, count: int) -> npt.NDArray[np.uint64]:

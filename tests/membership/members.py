@@ -218,11 +218,11 @@ def store_url(member: Member) -> str:
 
 
 def watcher_pid(member: Member) -> int:
-    return member._watcher_pid
+    return member.watcher_pid
 
 
 def watcher_address(member: Member) -> str:
-    return member._watcher_address
+    return member._line.watcher_address
 
 
 def rejoin(member: Member) -> tuple[int, int]:
@@ -236,3 +236,29 @@ def leave(member: Member, last: list[int] | None = None) -> tuple[int, ...]:
 
 def view(member: Member) -> Any:
     return member.view
+
+
+def begin_wait(member: Member) -> None:
+    member.page.begin_wait(time.monotonic())
+
+
+def end_wait(member: Member) -> None:
+    member.page.end_wait()
+
+
+def heard(member: Member, rank: int) -> float:
+    return member.page.heard(rank)
+
+
+def waits(member: Member, rank: int) -> bool:
+    return member.page.waits_since(rank) > 0
+
+
+def hears(member: Member, rank: int, waits: bool, within_s: float = 10.0) -> bool:
+    """Whether a rank is heard of, and that it waits or does not."""
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        if member.page.heard(rank) and (member.page.waits_since(rank) > 0) == waits:
+            return True
+        time.sleep(0.01)
+    return False

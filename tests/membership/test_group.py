@@ -106,7 +106,7 @@ def test_who_does_not_fit_is_refused_and_the_group_does_not_notice(url: str) -> 
         with pytest.raises(Refused, match="slot 2 does not exist"):
             group.join("host-0", rank=2, charter={"hidden_size": 512}).ready()
         assert [rank.call(m.active) for rank in group.members] == [(1, (0, 1))] * 2
-        other = Process(m.join, MemberOptions(url, group="nobody", timeout_s=5))
+        other = Process(m.join, MemberOptions(url, group="nobody", timeout_s=20))
         with pytest.raises(Refused, match="knows no group 'nobody'"):
             other.ready()
 
@@ -288,6 +288,20 @@ def test_messages_of_strangers_and_of_old_incarnations_are_ignored(url: str) -> 
         assert group[0].call(m.active) == (1, (0, 1, 2))
         stranger(address, encode(Message(group.name, 1, group[1].incarnation, Died({2: two}, "true")), secret.encode()))
         assert group[1].call(m.wait_ranks, (0, 1)) == 2, "a message of a member with the secret was not believed"
+
+
+def test_hosts_tell_each_other_that_they_are_there_and_who_waits(url: str) -> None:
+    with Group(url, 3, 3) as group:
+        group[1].call(m.begin_wait)
+        assert group[2].call(m.hears, 1, True) and not group[2].call(m.waits, 0)
+        group[1].call(m.end_wait)
+        assert group[2].call(m.hears, 1, False)
+        heard = group[2].call(m.heard, 1)
+        os.kill(group[1].call(m.watcher_pid), signal.SIGSTOP)  # its host says nothing any more
+        time.sleep(1.0)
+        assert group[2].call(m.heard, 1) < time.monotonic() - 0.5
+        assert group[2].call(m.heard, 0) > heard
+        assert group[2].call(m.active)[1] == (0, 1, 2), "that alone is no reason to give a rank up"
 
 
 def test_a_rank_that_is_closed_leaves_in_order(url: str) -> None:

@@ -11,14 +11,18 @@ from hypothesis import strategies as st
 
 from moe_a2a import ConfigError
 from moe_a2a.errors import MessageError
-from moe_a2a.membership.control import Channel, Died, Message, NewView, decode, encode
+from moe_a2a.membership.control import Alive, Channel, Died, Message, NewView, decode, encode
 from moe_a2a.membership.daemon import shared_secret
 from moe_a2a.membership.view import Endpoint, View
 from moe_a2a.membership.wire import encode_json, seal
 
 SECRET = b"0123456789abcdef"
 VIEW = View.of([Endpoint("127.0.0.1:1", 7, "h")], 2)
-MESSAGES = [Message("g", 3, 12, Died({1: 5, 2: 6}, "gone")), Message("g", 3, 12, NewView(VIEW))]
+MESSAGES = [
+    Message("g", 3, 12, Died({1: 5, 2: 6}, "gone")),
+    Message("g", 3, 12, NewView(VIEW)),
+    Message("g", 3, 12, Alive(99, {1: 5, 2: 6}, {2: 350})),
+]
 
 
 @pytest.mark.parametrize("message", MESSAGES)
@@ -56,6 +60,8 @@ def test_noise_is_refused_with_and_without_a_secret(data: bytes) -> None:
         {},
         {"kind": "died"},
         {"kind": "king", "group": "g", "rank": 0, "incarnation": 1},
+        {"kind": "alive", "group": "g", "rank": 0, "incarnation": 1, "ranks": [], "waits": []},
+        {"kind": "alive", "group": "g", "rank": 0, "incarnation": 1, "at": 1, "ranks": [], "waits": [[0, -5]]},
         {"kind": "died", "group": "g", "rank": -1, "incarnation": 1, "ranks": [], "note": ""},
         {"kind": "died", "group": "g", "rank": 0, "incarnation": 0, "ranks": [], "note": ""},
         {"kind": "died", "group": "g", "rank": 0, "incarnation": 1, "ranks": [[1]], "note": ""},

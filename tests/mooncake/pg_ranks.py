@@ -14,19 +14,23 @@ import torch.distributed as dist
 from ranks import Ctx, run_ranks
 
 from moe_a2a.compat.mooncake import pg
-from moe_a2a.membership import start_store
+from moe_a2a.membership import open_store, start_store
+from moe_a2a.membership.store import Store
 
 PATIENCE_S = 20.0
 
 
 @functools.cache
-def _store() -> str:
-    return start_store(idle_s=30)
+def _store() -> Store:
+    """It ends soon after its last user, of whom this process is one."""
+    client = open_store(start_store(idle_s=10), "tests")
+    client.get()
+    return client
 
 
 def run(fn: Callable[..., Any], world: int, *args: Any, **more: Any) -> list[Any]:
     """As `run_ranks`; all tests have one membership store, so that none has to wait until one has started."""
-    return run_ranks(_run, world, _store(), fn, *args, timeout=60, **more)
+    return run_ranks(_run, world, _store().url, fn, *args, timeout=60, **more)
 
 
 def _run(ctx: Ctx, url: str, fn: Callable[..., Any], *args: Any) -> Any:

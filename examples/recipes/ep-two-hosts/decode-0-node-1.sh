@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# decode-0-node-1: run on 192.0.2.13, GPUs 0 to 7.
+set -euo pipefail
+export MOE_A2A_SGLANG=0
+export SGLANG_HOST_IP=192.0.2.13
+export SGLANG_MOONCAKE_EP_NUM_MAX_DISPATCH_TOKENS_PER_RANK=128
+exec python3 -m sglang.launch_server \
+    --model-path deepseek-ai/DeepSeek-R1 \
+    --trust-remote-code \
+    --host 192.0.2.13 \
+    --port 30100 \
+    --disaggregation-mode decode \
+    --disaggregation-transfer-backend mooncake \
+    --tp-size 16 \
+    --dist-init-addr 192.0.2.12:20000 \
+    --nnodes 2 \
+    --node-rank 1 \
+    --dp-size 16 \
+    --enable-dp-attention \
+    --moe-a2a-backend mooncake \
+    --deepep-mode low_latency \
+    --moe-dense-tp-size 1 \
+    --enable-dp-lm-head \
+    --chunked-prefill-size 2048 \
+    --max-running-requests 2048 \
+    --cuda-graph-max-bs-decode 128 \
+    --elastic-ep-backend none
