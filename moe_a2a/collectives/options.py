@@ -41,8 +41,8 @@ class Options:
     control_address: this machine's address for the watchers of other hosts.
     protocol, device_filter: of the Transfer Engine between hosts. engine: a `mooncake.engine.TransferEngine` to be used
         in place of one of our own; initialised with "P2PHANDSHAKE", and it has to outlive the group.
-    chunk_bytes: bytes that an operation moves at a time. A rank's memory is 4 times as much and half a MiB for each
-        slot, and between hosts as much again for each slot; what is not used is only addresses, unless RDMA pins it.
+    chunk_bytes: bytes that an operation moves at a time. A rank's memory is 4 times as much, half a MiB for each slot,
+        and between hosts as much again for each slot; what is not used is only addresses, unless RDMA pins it.
     """
 
     slots: int | None = None
