@@ -158,9 +158,12 @@ def gpu_memory_of(given: dict[str, Any], kernels: bool = False) -> float:
     return gib
 
 
-def router_host(given: dict[str, Any], first: Sequence[Group]) -> str:
+def router_host(given: dict[str, Any], groups: Sequence[Group]) -> str:
+    """The host of --router, or the first of `groups`' without it."""
     text = given["router"]
-    return hosts.check_host("--router", text) if text is not None else first[0].places[0].host
+    host = hosts.check_host("--router", text) if text is not None else groups[0].places[0].host
+    hosts.check_router(host, groups)
+    return host
 
 
 @recipe.command("pd-single")
@@ -219,7 +222,7 @@ def pd_command(**given: Any) -> None:
             settings_of(given, [*prefill, *decode]),
             prefill,
             decode,
-            router_host(given, prefill),
+            router_host(given, [*prefill, *decode]),
             gpu_memory_of(given),
             ports_of(given),
             policy_of(given),
@@ -252,7 +255,7 @@ def ep_command(**given: Any) -> None:
             settings_of(given, [*prefill, *decode]),
             prefill,
             decode,
-            router_host(given, prefill),
+            router_host(given, [*prefill, *decode]),
             gpu_memory_of(given, kernels=True),
             ports_of(given),
             policy_of(given),
@@ -295,7 +298,7 @@ def epd_command(**given: Any) -> None:
             encode,
             prefill,
             decode,
-            router_host(given, prefill),
+            router_host(given, [*prefill, *decode]),
             gpu_memory_of(given),
             ports_of(given),
             policy_of(given),

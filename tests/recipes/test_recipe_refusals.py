@@ -28,7 +28,20 @@ REFUSED = {
     f"pd {LLAMA} --prefill a:4-8 --decode b": ["--prefill a:4-8", "number 8"],
     f"pd {LLAMA} --prefill a:2,b:4 --decode c": ["2 and 4 GPUs", "equally many"],
     f"pd {LLAMA} --prefill a:3-2 --decode b": ["3-2", "give 2-3"],
-    f"pd {LLAMA} --prefill a:0 --decode b": ["a has 0 GPUs"],
+    f"pd {LLAMA} --prefill a:0 --decode b": ["a has 0 GPUs", "a:0-0 is GPU 0"],
+    f"pd {LLAMA} --prefill [2001:db8::1] --decode [2001:DB8:0:0::1]": ["2001:db8::1 is there twice"],
+    f"pd {LLAMA} --prefill Host-A:0-0 --decode host-a:0-0": ["GPU 0 is in both"],
+    f"pd {LLAMA} --prefill [::::] --decode b": ["--prefill '[::::]'", "is not HOST[:GPUS]"],
+    f"pd {LLAMA} --prefill '[fe80::1%$(id)]' --decode b": ["is not HOST[:GPUS]"],
+    f"pd {LLAMA} --prefill 192.0.2.300 --decode b": ["--prefill '192.0.2.300'", "is not HOST[:GPUS]"],
+    f"pd {LLAMA} --prefill a..b --decode b": ["--prefill 'a..b'", "is not HOST[:GPUS]"],
+    f"pd {LLAMA} --prefill a-:1 --decode b": ["--prefill 'a-:1'", "is not HOST[:GPUS]"],
+    f"pd {LLAMA} --prefill {'a' * 64} --decode b": ["is not HOST[:GPUS]"],
+    f"pd {LLAMA} --prefill 0.0.0.0:1 --decode b": ["--prefill 0.0.0.0:1", "all addresses of a host"],
+    f"pd {LLAMA} {PAIR} --router [::]": ["--router [::]", "all addresses of a host"],
+    f"pd {LLAMA} {PAIR} --router localhost": ["--router localhost", "loopback"],
+    f"pd-single {LLAMA} --host 0.0.0.0": ["--host 0.0.0.0", "all addresses of a host"],
+    f"pd-single {LLAMA} --host [::1": ["--host '[::1'", "is not a name or an address"],
     f"pd {LLAMA} --prefill 'a b' --decode c": ["--prefill 'a b'", "is not HOST[:GPUS]"],
     f"pd {LLAMA} --prefill '$(id)' --decode c": ["--prefill '$(id)'", "is not HOST[:GPUS]"],
     f"pd {LLAMA} --prefill 2001:db8::1 --decode c": ["is not HOST[:GPUS]", "[2001:db8::10]:8"],
@@ -55,6 +68,7 @@ REFUSED = {
     f"pd {LLAMA} {PAIR} --ib-devices '{{'": ["--ib-devices {", "not JSON"],
     f"""pd {LLAMA} --prefill a:0-1 --decode b:1 --ib-devices '{{"0": "mlx5_0"}}'""": ["no devices for GPU 1"],
     f"""pd {LLAMA} {PAIR} --ib-devices '{{"x": "mlx5_0"}}'""": ["'x'", "is not a GPU"],
+    f"""pd {LLAMA} {PAIR} --ib-devices '{{"0": "mlx5_0", "0": "mlx5_1"}}'""": ["GPU 0 is in the map twice"],
     f"pd {LLAMA} {PAIR} --ib-devices /missing/map.json": ["/missing/map.json", "No such file"],
     f"pd {LLAMA} {PAIR} --ib-devices mlx5_0 --transfer mooncake_tcp": ["--transfer mooncake_tcp", "over RDMA"],
     # models and releases
@@ -147,6 +161,23 @@ def test_a_map_of_devices_may_be_in_a_file(tmp_path: Path) -> None:
     plan = plan_of(*shlex.split(f"pd {LLAMA} {PAIR} --ib-devices {file}"))
     for server in plan.servers:
         assert server.command[server.command.index("--disaggregation-ib-device") + 1] == '{"0": "mlx5_0"}'
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"mlx5_0,mlx5_1", b"", b"[1]"])
+def test_a_file_without_a_map_of_devices_is_refused(content: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "map.json"
+    file.write_bytes(content)
+    said = refusal(*shlex.split(f"pd {LLAMA} {PAIR} --ib-devices {file}"))
+    assert f"--ib-devices {file}: " in said and "give a file" in said
+
+
+@pytest.mark.parametrize(
+    "host, listens", [("a", "0.0.0.0"), ("192.0.2.9", "192.0.2.9"), ("[2001:db8::9]", "[2001:db8::9]")]
+)
+def test_the_router_listens_on_an_address(host: str, listens: str) -> None:
+    plan = plan_of(*shlex.split(f"pd {LLAMA} {PAIR} --router {host}"))
+    assert plan.router.command[plan.router.command.index("--host") + 1] == listens
+    assert ("the router on all of its host" in plan.text) == (listens == "0.0.0.0")
 
 
 def test_a_folder_has_its_config_in_it(tmp_path: Path) -> None:
