@@ -70,7 +70,8 @@ class Settings:
 
     @property
     def env(self) -> dict[str, str]:
-        return {"SGLANG_USE_MODELSCOPE": "1"} if self.modelscope else {}
+        # Not "1", which SGLang's benchmark client takes for no.
+        return {"SGLANG_USE_MODELSCOPE": "true"} if self.modelscope else {}
 
     @property
     def model_flags(self) -> tuple[str, ...]:

@@ -311,14 +311,30 @@ def test_experts_are_shared_on_nvidia_gpus_only(tmp_path: Path) -> None:
         (("--model", LLAMA), "2 models are called Llama-3.1-8B-Instruct"),
         (("--model", "Qwen/Qwen3-32B", "--config", "c.json"), "--config c.json with 2 models: it is of one"),
         (("--partition", "gpu\n#SBATCH --wrap=x"), "--partition 'gpu\\n#SBATCH --wrap=x': Slurm reads it unquoted"),
-        (("--time", "1 day"), "--time '1 day': Slurm reads it unquoted"),
+        (("--time", "1 day"), "--time '1 day': give minutes, HH:MM:SS, or DAYS-HH:MM:SS"),
         (("--ep", "moe-a2a"), "has no experts"),
-        (("--ib-devices", '{"0": "mlx5_0"}'), "no devices for GPU 1, 2, 3, 4, 5, 6, 7"),
+        (("--gpus", "2", "--ib-devices", '{"0": "mlx5_0"}'), "no devices for GPU 1; a map names those"),
+        (("--decode-requests", "64"), "--decode-requests 64 without --ep"),
+        (("--prefill-tokens", "64"), "--prefill-tokens 64 without --ep"),
+        (("--port", "2379"), "--port 2379: etcd has it"),
         (("--transfer", "nixl", "--ib-devices", "mlx5_0"), "only mooncake over RDMA uses them"),
         (("--gpu", "12"), "its weights take 15.0 of 12 GiB"),
         (("--flags", "'"), '--flags "\'": No closing quotation'),
-        (("--sglang", "0.5.9"), "--sglang 0.5.9: recipes are for SGLang 0.5.17 to 0.5.23"),
+        (("--sglang", "0.5.21"), "--sglang is given 2 times"),
     ],
 )
 def test_what_cannot_work_is_refused(words: tuple[str, ...], says: str) -> None:
     assert says in refusal(*SLURM, *words)
+
+
+@pytest.mark.parametrize("path", ["/", "/models/..", "hub/."])
+def test_a_model_whose_name_is_no_name_is_refused(path: str, tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(models.load(LLAMA).config))
+    words = ("slurm", "--sglang", "0.5.20", "--model", path, "--config", str(config), "--gpus", "1")
+    assert "the last part of a name is MODEL_NAME" in refusal(*words)
+
+
+def test_a_map_of_devices_needs_the_gpus_of_a_server_only(tmp_path: Path) -> None:
+    out = render(tmp_path / "recipe", *SLURM, "--ib-devices", '{"0": "mlx5_0"}')
+    assert """--disaggregation-ib-device '{"0": "mlx5_0"}'""" in (out / "settings.sh").read_text()
