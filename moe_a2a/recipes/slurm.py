@@ -173,6 +173,7 @@ def _settings(job: Job, plans: Sequence[Plan]) -> str:
         f"DEVICES=({quoting.line(devices)})",
         # Without this package the flag of --ep moe-a2a would be Mooncake's own EP.
         f"REQUIRES=({'moe_a2a' if job.served == 'moe-a2a' else ''})",
+        f"HUB={'modelscope' if job.settings[0].modelscope else 'huggingface'}",
         f"PROOF={quoting.word(json.dumps(servers.GENERATE))}",
         "",
         "set_model() {",

@@ -86,7 +86,7 @@ def nothing_is_left(cluster: Cluster) -> bool:
 
 
 def test_a_job_sweeps_and_leaves_nothing_behind(cluster: Cluster, recipe: Path, tmp_path: Path) -> None:
-    job = Job(cluster, recipe, 4, tmp_path, yD="2", HF_TOKEN="secret", FAKE_PREFILL="--unhealthy-s 2")
+    job = Job(cluster, recipe, 4, tmp_path, yD="2", HF_TOKEN="secret", FAKE_PREFILL="--unhealthy-s 1")
     code, output = job.end()
     assert code == 0, output
     assert nothing_is_left(cluster)
@@ -155,7 +155,7 @@ def test_a_server_that_never_starts_ends_the_job(cluster: Cluster, recipe: Path,
 
 
 def test_a_server_that_is_not_healthy_in_time_ends_the_job(cluster: Cluster, recipe: Path, tmp_path: Path) -> None:
-    code, output = Job(cluster, recipe, 3, tmp_path, FAKE_DECODE="--unhealthy-s 600", START_SECONDS="3").end()
+    code, output = Job(cluster, recipe, 3, tmp_path, FAKE_DECODE="--unhealthy-s 600", START_SECONDS="2").end()
     assert code == 1
     assert "is not healthy after" in output
     assert nothing_is_left(cluster)
@@ -210,12 +210,18 @@ def test_an_image_without_this_package_does_not_serve_experts(cluster: Cluster, 
     assert nothing_is_left(cluster)
 
 
-def test_a_job_with_experts_sweeps(cluster: Cluster, tmp_path: Path) -> None:
-    recipe = render(tmp_path / "recipe", *DEEPSEEK, "--ep", "moe-a2a")
-    code, output = Job(cluster, recipe, 3, tmp_path, BENCHMARK_CONCURRENCY_LEVELS="2").end()
+def test_a_job_with_experts_and_a_model_of_modelscope_sweeps(cluster: Cluster, tmp_path: Path) -> None:
+    recipe = render(tmp_path / "recipe", *DEEPSEEK, "--ep", "moe-a2a", "--modelscope")
+    cache = str(tmp_path / "models of modelscope")
+    job = Job(cluster, recipe, 3, tmp_path, BENCHMARK_CONCURRENCY_LEVELS="2", MODELSCOPE_CACHE=cache)
+    code, output = job.end()
     assert code == 0, output
     servers = [container for container in cluster.containers() if "sglang.launch_server" in container["command"]]
     assert [list(server["command"]).count("--moe-a2a-backend") for server in servers] == [1, 1]
+    (client,) = (container for container in cluster.containers() if "--seed" in container["command"])
+    for container in (*servers, client):
+        assert f"{cache}:/root/.cache/modelscope" in container["flags"]
+        assert "SGLANG_USE_MODELSCOPE=true" in container["flags"] and "HF_TOKEN" not in container["flags"]
 
 
 def test_a_node_without_the_model_is_named(cluster: Cluster, recipe: Path, tmp_path: Path) -> None:
@@ -237,6 +243,8 @@ def test_a_node_without_the_model_is_named(cluster: Cluster, recipe: Path, tmp_p
         ({"LOG_PATH": "/no/such/folder"}, "LOG_PATH=/no/such/folder: no such folder on node1"),
         ({"BENCHMARK_COMBINATIONS": "1024"}, "BENCHMARK_COMBINATIONS=1024: give tokens in and out"),
         ({"BENCHMARK_CONCURRENCY_LEVELS": "8 a[$(touch broken)]"}, "give numbers of requests, such as '8 64 512'"),
+        ({"START_SECONDS": "1h"}, "START_SECONDS=1h: give seconds, 1 or more"),
+        ({"TEARDOWN_SECONDS": "0"}, "TEARDOWN_SECONDS=0: give seconds, 1 or more"),
         ({"RECIPE_DIR": "/no/such"}, "no settings.sh in '/no/such'"),
     ],
 )
