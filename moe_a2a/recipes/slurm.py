@@ -86,7 +86,7 @@ def render(job: Job) -> dict[str, str]:
         BATCH: _batch(job),
         NODE: (_FILES / NODE).read_text(encoding="utf-8"),
         "settings.sh": _settings(job, placed),
-        "Dockerfile": dockerfile(job.settings[0].release.version, job.maker),
+        "Dockerfile": dockerfile(job.settings[0].release.version, job.maker, job.gpu),
         "README.md": readme(
             job.settings, plans, [name_of(settings.model) for settings in job.settings], job.maker, job.served
         ),

@@ -307,7 +307,9 @@ def test_experts_are_shared_on_nvidia_gpus_only(tmp_path: Path) -> None:
     out = render(tmp_path / "amd", *DEEPSEEK, "--gpu", "mi300x")
     settings = (out / "settings.sh").read_text()
     assert "moe-a2a-backend" not in settings and "/dev/kfd" in settings and "--gpus all" not in settings
-    assert "rocm" in (out / "Dockerfile").read_text()
+    assert "mi30x" in (out / "Dockerfile").read_text()
+    out = render(tmp_path / "newer", *DEEPSEEK, "--gpu", "mi355x")
+    assert "mi35x" in (out / "Dockerfile").read_text()
 
 
 @pytest.mark.parametrize(
