@@ -23,7 +23,14 @@ from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
 HERE = Path(__file__).resolve()
-TOOLS = ("sbatch", "srun", "scontrol", "getent", "docker", "hostname")
+TOOLS = ("sbatch", "srun", "scontrol", "docker")
+#: Commands that are so small that a shell does: no job waits for Python to start. A second of the scripts' waiting is a
+#: fifth here; seconds that they count by the clock are seconds.
+SMALL = {
+    "hostname": 'echo "$FAKE_NODE"',
+    "getent": 'echo "$FAKE_NET.${2#node}  STREAM $2"; echo "$FAKE_NET.${2#node}  DGRAM $2"',
+    "sleep": 'exec "$FAKE_SLEEP" 0.2',
+}
 INSIDE = ("python3", "etcd")
 #: Options of `docker run` that have a value.
 VALUED = {
@@ -51,13 +58,26 @@ class Cluster:
             (folder / name).mkdir(parents=True)
             for tool in tools:
                 file = folder / name / tool
-                file.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{HERE}" {tool} "$@"\n')
+                file.write_text(f'#!/bin/sh\nexec "{sys.executable}" -ES "{HERE}" {tool} "$@"\n')
                 file.chmod(0o755)
+        for tool, does in SMALL.items():
+            file = folder / "bin" / tool
+            file.write_text(f"#!/bin/sh\n{does}\n")
+            file.chmod(0o755)
         (folder / "containers").mkdir()
 
     def environment(self, given: Mapping[str, str]) -> dict[str, str]:
         path = f"{self.folder / 'bin'}:{os.environ['PATH']}"
-        return {**os.environ, "PATH": path, "FAKE_SLURM": str(self.folder), "FAKE_NET": self.net, **given}
+        sleep = shutil.which("sleep")
+        assert sleep is not None
+        return {
+            **os.environ,
+            "PATH": path,
+            "FAKE_SLEEP": sleep,
+            "FAKE_SLURM": str(self.folder),
+            "FAKE_NET": self.net,
+            **given,
+        }
 
     def submit(self, recipe: Path, nodes: int, given: Mapping[str, str]) -> subprocess.Popen[str]:
         """sbatch of the recipe's script; the process ends when the job does, with its code."""
@@ -126,28 +146,16 @@ def scontrol(words: list[str]) -> int:
     return 0
 
 
-def getent(words: list[str]) -> int:
-    database, node = words
-    assert database == "ahostsv4", words
-    address = f"{os.environ['FAKE_NET']}.{node.removeprefix('node')}"
-    print("\n".join(f"{address}  {kind} {node}" for kind in ("STREAM", "DGRAM", "RAW")))
-    return 0
-
-
-def hostname(words: list[str]) -> int:
-    print(os.environ["FAKE_NODE"])
-    return 0
-
-
 def docker(words: list[str]) -> int:
     command, *rest = words
     folder = Path(os.environ["FAKE_SLURM"]) / "containers"
     if command == "run":
         return _docker_run(rest, folder)
     if command == "stop":
-        return 0 if _end(folder / rest[-1], grace=float(rest[rest.index("--time") + 1])) else 1
+        assert rest[0] == "-t", rest
+        return 0 if _end([folder / name for name in rest[2:]], grace=float(rest[1])) else 1
     if command == "rm":
-        return 0 if _end(folder / rest[-1], grace=0) else 1
+        return 0 if _end([folder / name for name in rest[1:]], grace=0) else 1
     if command == "ps":
         prefix = rest[rest.index("--filter") + 1].removeprefix("name=")
         print("\n".join(file.name for file in folder.iterdir() if file.name.startswith(prefix)))
@@ -177,20 +185,23 @@ def _docker_run(words: list[str], folder: Path) -> int:
     return _run(command, environment, folder / name)  # signals go to the container, as with --sig-proxy
 
 
-def _end(file: Path, grace: float) -> bool:
-    """SIGTERM, and SIGKILL after `grace` seconds. False if there is no such container."""
-    try:
-        process = int(file.read_text())
-    except FileNotFoundError:
-        return False
+def _end(files: Sequence[Path], grace: float) -> bool:
+    """SIGTERM to all, and SIGKILL after `grace` seconds. False if one of them is no container."""
+    processes = {}
+    for file in files:
+        with contextlib.suppress(FileNotFoundError):
+            processes[file] = int(file.read_text())
     deadline = time.monotonic() + grace
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process, signal.SIGTERM if grace else signal.SIGKILL)
-        while file.exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        os.killpg(process, signal.SIGKILL)
-    file.unlink(missing_ok=True)
-    return True
+    for process in processes.values():
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process, signal.SIGTERM if grace else signal.SIGKILL)
+    for file, process in processes.items():
+        with contextlib.suppress(ProcessLookupError):
+            while file.exists() and time.monotonic() < deadline:
+                time.sleep(0.02)
+            os.killpg(process, signal.SIGKILL)
+        file.unlink(missing_ok=True)
+    return len(processes) == len(files)
 
 
 def _run(command: Sequence[str], environment: Mapping[str, str], container: Path | None = None) -> int:
@@ -234,13 +245,13 @@ def python3(words: list[str]) -> int:
         assert module == ("sglang_router.launch_router" if mode == "router" else "sglang.launch_server"), words
         script, more = "serving_stand_in.py", ["--host", options["--host"], "--port", options["--port"], "--mode", mode]
         more += os.environ.get(f"FAKE_{mode.upper()}", "").split()
-    return os.execv(sys.executable, [sys.executable, str(HERE.parent / script), *more])
+    return os.execv(sys.executable, [sys.executable, "-ES", str(HERE.parent / script), *more])
 
 
 def etcd(words: list[str]) -> int:
     """Answers /health."""
     host, port = dict(_values(words))["--listen-client-urls"].removeprefix("http://").split(":")
-    server = [sys.executable, str(HERE.parent / "serving_stand_in.py"), "--mode", "etcd"]
+    server = [sys.executable, "-ES", str(HERE.parent / "serving_stand_in.py"), "--mode", "etcd"]
     os.execv(sys.executable, [*server, "--host", host, "--port", port])
 
 

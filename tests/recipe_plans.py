@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from unittest import mock
 
@@ -28,9 +29,12 @@ def plan_of(*words: str) -> Plan:
 
 
 def refusal(*words: str) -> str:
-    """What `moe-a2a recipe WORDS` refuses with."""
-    done = CliRunner().invoke(main, ["recipe", *words, "--out", "unused"])
-    assert done.exit_code != 0, done.output
+    """What `moe-a2a recipe WORDS` refuses with, having written nothing."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out"
+        done = CliRunner().invoke(main, ["recipe", *words, "--out", str(out)])
+        assert done.exit_code != 0, done.output
+        assert not out.exists()
     assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
     return done.output.removeprefix("Error: ").strip()
 

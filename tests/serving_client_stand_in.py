@@ -10,7 +10,6 @@ import argparse
 import http.client
 import itertools
 import json
-import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -43,8 +42,8 @@ def request(args: argparse.Namespace) -> tuple[float, float, list[float]] | None
 def rows(name: str, values: Sequence[float]) -> None:
     ordered = sorted(values)
     for which, value in (
-        ("Mean", statistics.mean(ordered)),
-        ("Median", statistics.median(ordered)),
+        ("Mean", sum(ordered) / len(ordered)),
+        ("Median", ordered[len(ordered) // 2]),
         ("P99", ordered[int(0.99 * (len(ordered) - 1))]),
     ):
         print(f"{which + ' ' + name + ' (ms):':<40} {value:<10.2f}")
@@ -82,7 +81,7 @@ def main() -> None:
         print(f"{label:<40} {value!s:<10}")
     rows("E2E Latency", [total for _, total, _ in done])
     rows("TTFT", [first for first, _, _ in done])
-    rows("TPOT", [statistics.mean(gaps) for _, _, gaps in done])
+    rows("TPOT", [sum(gaps) / len(gaps) for _, _, gaps in done])
     rows("ITL", [gap for _, _, gaps in done for gap in gaps])
     print("=" * 50)
 

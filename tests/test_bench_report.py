@@ -207,8 +207,14 @@ def test_the_plot_is_a_picture_and_needs_concurrencies(tmp_path: Path) -> None:
     log = shutil.copy(LOGS / "without-a-limit_32.log", tmp_path / "a.log")
     result = report(log, "--plot", tmp_path / "b.png")
     assert result.exit_code == 1 and "--max-concurrency N" in result.output
-    result = report(SWEEP, "--plot", tmp_path / "b.wrong")
-    assert result.exit_code == 1 and "b.wrong" in result.output
+
+
+@pytest.mark.parametrize("option", ["--csv", "--json", "--plot"])
+def test_a_forgotten_name_does_not_write_over_a_log(option: str, tmp_path: Path) -> None:
+    log = Path(shutil.copy(CUTS, tmp_path / "a.log"))
+    result = report(option, log, SWEEP)
+    assert result.exit_code == 2 and f"'{option}'" in result.output and "a.log is written over" in result.output
+    assert log.read_bytes() == CUTS.read_bytes()
 
 
 def test_logs_with_the_same_case_are_lines_of_their_own(tmp_path: Path) -> None:

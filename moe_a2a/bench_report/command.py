@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -12,13 +13,25 @@ from moe_a2a.bench_report import report
 from moe_a2a.bench_report.logs import LogError, Run, read
 
 
+def _named(suffix: str) -> Callable[[click.Context, click.Parameter, Path | None], Path | None]:
+    """Lets a file pass that is named as what is written: a forgotten name would make the first log the table's file."""
+
+    def check(ctx: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
+        if path is not None and path.suffix.lower() != suffix:
+            raise click.BadParameter(f"{path} is written over; give a name that ends in {suffix}", ctx, parameter)
+        return path
+
+    return check
+
+
+_OUT = click.Path(path_type=Path, dir_okay=False)
+
+
 @click.command("bench-report")
 @click.argument("logs", nargs=-1, required=True, metavar="LOG...", type=click.Path(path_type=Path))
-@click.option("--csv", "csv_path", type=click.Path(path_type=Path, dir_okay=False), help="Write a row for each run.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write all that was read.")
-@click.option(
-    "--plot", "plot_path", type=click.Path(path_type=Path, dir_okay=False), help="Draw it over the concurrency: a PNG."
-)
+@click.option("--csv", "csv_path", type=_OUT, callback=_named(".csv"), help="Write a row for each run.")
+@click.option("--json", "json_path", type=_OUT, callback=_named(".json"), help="Write all that was read.")
+@click.option("--plot", "plot_path", type=_OUT, callback=_named(".png"), help="Draw it over the concurrency.")
 def bench_report(logs: tuple[Path, ...], csv_path: Path | None, json_path: Path | None, plot_path: Path | None) -> None:
     """Tabulate logs of SGLang's serving benchmark at several concurrencies.
 
@@ -61,5 +74,3 @@ def _plot(path: Path, runs: list[Run]) -> None:
         report.write_plot(path, runs)
     except ImportError as error:
         raise click.ClickException(f"--plot needs matplotlib ({error}): pip install 'moe-a2a[plot]'") from error
-    except ValueError as error:  # a suffix that matplotlib does not know
-        raise click.ClickException(f"--plot {path}: {error}") from error

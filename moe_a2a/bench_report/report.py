@@ -67,7 +67,7 @@ def write_json(path: Path, runs: Sequence[Run], problems: Sequence[LogError]) ->
 
 def write_plot(path: Path, runs: Sequence[Run]) -> None:
     """Output tokens/s, failures, TTFT and ITL over the concurrency; runs without one are left out. A line for each pair
-    of lengths, and for each log if several have the same case. PNG or whatever the suffix says."""
+    of lengths, and for each log if several have the same case."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import functools
-import shlex
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from moe_a2a.recipes import ep, epd, hosts, memory, models, pd, releases, servers
-from moe_a2a.recipes.experts import Experts
+from moe_a2a.recipes import ep, epd, hosts, memory, models, options, pd, releases
+from moe_a2a.recipes.experts import DECODE_REQUESTS, Experts
 from moe_a2a.recipes.hosts import Group
+from moe_a2a.recipes.options import KV, Once
 from moe_a2a.recipes.plan import Plan, RecipeError, Role
 from moe_a2a.recipes.servers import Policy, Ports, Settings
 from moe_a2a.recipes.slurm_command import slurm_command
 from moe_a2a.recipes.write import FORMATS, write
-
-Command = Callable[..., None]
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -31,56 +29,29 @@ def recipe() -> None:
 
 recipe.add_command(slurm_command)
 
+_IMAGE = re.compile(r"[a-z0-9][A-Za-z0-9._:/@-]*")
 
-def _options(*wanted: Callable[[Command], Command]) -> Callable[[Command], Command]:
-    """Options in the order in which --help is to show them."""
-
-    def add(command: Command) -> Command:
-        return functools.reduce(lambda inner, option: option(inner), reversed(wanted), command)
-
-    return add
-
-
-COMMON = _options(
-    click.option("--sglang", "version", required=True, help="SGLang's release, 0.5.17 to 0.5.23."),
+COMMON = options.options(
+    options.RELEASE,
     click.option("--model", required=True, help="A name on a hub, or a folder that every host has."),
-    click.option("--config", help="The model's config.json, for models that are not known by name."),
-    click.option("--gpu", default="h200", show_default=True, help="Which GPUs: a name, or the GiB of their memory."),
-    click.option("--gpus-per-node", default=8, show_default=True, type=click.IntRange(1, 64)),
-    click.option("--modelscope", is_flag=True, help="Take the model from ModelScope (SGLANG_USE_MODELSCOPE=1)."),
-    click.option("--flags", default="", help="More flags for every server, as one string; they are not checked."),
+    options.CONFIG,
+    options.MACHINE,
+    options.EXTRA,
 )
-KV = _options(
-    click.option(
-        "--transfer",
-        default="mooncake",
-        show_default=True,
-        type=click.Choice(servers.TRANSFERS),
-        help="The KV cache's way.",
-    ),
-    click.option(
-        "--ib-devices",
-        default="auto",
-        show_default=True,
-        help="RDMA devices: auto, a list, a JSON map from GPU, or a file.",
-    ),
-)
-GATE = _options(
-    click.option("--port", "router_port", default=8000, show_default=True, type=click.IntRange(1024, 65535)),
-    click.option("--prefill-policy", default="cache_aware", show_default=True, type=click.Choice(servers.POLICIES)),
-    click.option("--decode-policy", default="round_robin", show_default=True, type=click.Choice(servers.POLICIES)),
+GATE = options.options(
+    options.ROUTER,
     click.option("--prefill-port", multiple=True, type=int, help="Once for all prefill servers, or once for each."),
     click.option("--decode-port", multiple=True, type=int, help="The same for decode servers."),
     click.option("--bootstrap-port", multiple=True, type=int, help="Where prefill servers meet decode servers."),
 )
-PLACES = _options(
+PLACES = options.options(
     click.option(
         "--prefill", multiple=True, required=True, metavar="HOST[:GPUS]", help="A server; with commas, its hosts."
     ),
     click.option("--decode", multiple=True, required=True, metavar="HOST[:GPUS]", help="The same."),
     click.option("--router", metavar="HOST", help="Where the router runs; the first prefill host if it is not given."),
 )
-OUT = _options(
+OUT = options.options(
     click.option("--format", "form", default="shell", show_default=True, type=click.Choice(list(FORMATS))),
     click.option("--image", help="The container image, for compose."),
     click.option("--out", required=True, type=click.Path(path_type=Path), help="A folder that is new or empty."),
@@ -108,16 +79,21 @@ def settings_of(given: dict[str, Any], groups: Sequence[Group]) -> Settings:
         transfer=given["transfer"],
         ib_devices=hosts.ib_devices(given["ib_devices"], places),
         modelscope=given["modelscope"],
-        extra=tuple(_split(given["flags"])),
-        given_image=given["image"],
+        extra=options.split(given["flags"]),
+        given_image=_image(given),
     )
 
 
-def _split(flags: str) -> list[str]:
-    try:
-        return shlex.split(flags)
-    except ValueError as error:
-        raise RecipeError(f"--flags {flags!r}: {error}; quote it as a shell would") from error
+def _image(given: dict[str, Any]) -> str | None:
+    """--image, which containers have. Raises RecipeError."""
+    image: str | None = given["image"]
+    if image is None:
+        return None
+    if given["form"] != "compose":
+        raise RecipeError(f"--image {image} with --format {given['form']}: only containers have one; leave it out")
+    if not _IMAGE.fullmatch(image):
+        raise RecipeError(f"--image {image!r} is not the name of an image, such as lmsysorg/sglang:v0.5.20")
+    return image
 
 
 def ports_of(given: dict[str, Any]) -> Ports:
@@ -158,12 +134,15 @@ def gpu_memory_of(given: dict[str, Any], kernels: bool = False) -> float:
     return gib
 
 
-def router_host(given: dict[str, Any], first: Sequence[Group]) -> str:
+def router_host(given: dict[str, Any], groups: Sequence[Group]) -> str:
+    """The host of --router, or the first of `groups`' without it."""
     text = given["router"]
-    return hosts.check_host("--router", text) if text is not None else first[0].places[0].host
+    host = hosts.check_host("--router", text) if text is not None else groups[0].places[0].host
+    hosts.check_router(host, groups)
+    return host
 
 
-@recipe.command("pd-single")
+@recipe.command("pd-single", cls=Once)
 @COMMON
 @click.option("--host", default="127.0.0.1", show_default=True, help="The machine's address, for all servers.")
 @click.option("--tp", type=click.IntRange(1), help="GPUs of each server; the model's usual number if not given.")
@@ -203,7 +182,7 @@ def pd_single(**given: Any) -> None:
     run(make, given["form"], given["out"])
 
 
-@recipe.command("pd")
+@recipe.command("pd", cls=Once)
 @COMMON
 @PLACES
 @KV
@@ -219,7 +198,7 @@ def pd_command(**given: Any) -> None:
             settings_of(given, [*prefill, *decode]),
             prefill,
             decode,
-            router_host(given, prefill),
+            router_host(given, [*prefill, *decode]),
             gpu_memory_of(given),
             ports_of(given),
             policy_of(given),
@@ -228,17 +207,14 @@ def pd_command(**given: Any) -> None:
     run(make, given["form"], given["out"])
 
 
-@recipe.command("ep")
+@recipe.command("ep", cls=Once)
 @COMMON
 @PLACES
 @click.option("--ep", "served_by", type=click.Choice(["moe-a2a", "mooncake"]), help="Whose EP; moe-a2a if it can.")
 @click.option("--elastic", is_flag=True, help="Go on without lost ranks. The page that is written says what serves it.")
 @click.option("--survive", type=int, help="Failures to have room for, with --elastic; 1 if not given.")
 @click.option("--redundant-experts", type=int, help="Redundant experts for balance, without --elastic.")
-@click.option(
-    "--prefill-tokens", type=int, help="Tokens of a prefill step of one GPU: 1024, or 256 with --ep mooncake."
-)
-@click.option("--decode-requests", default=128, show_default=True, type=click.IntRange(1), help="Of one GPU at a time.")
+@options.STEPS
 @click.option("--two-batch-overlap", is_flag=True, help="Communicate while the other half of a batch computes.")
 @KV
 @GATE
@@ -252,7 +228,7 @@ def ep_command(**given: Any) -> None:
             settings_of(given, [*prefill, *decode]),
             prefill,
             decode,
-            router_host(given, prefill),
+            router_host(given, [*prefill, *decode]),
             gpu_memory_of(given, kernels=True),
             ports_of(given),
             policy_of(given),
@@ -262,7 +238,7 @@ def ep_command(**given: Any) -> None:
                 survive=given["survive"],
                 redundant=given["redundant_experts"],
                 prefill_tokens=given["prefill_tokens"],
-                decode_requests=given["decode_requests"],
+                decode_requests=given["decode_requests"] or DECODE_REQUESTS,
                 two_batch_overlap=given["two_batch_overlap"],
             ),
         )
@@ -270,7 +246,7 @@ def ep_command(**given: Any) -> None:
     run(make, given["form"], given["out"])
 
 
-@recipe.command("epd")
+@recipe.command("epd", cls=Once)
 @COMMON
 @click.option("--encode", multiple=True, required=True, metavar="HOST[:GPUS]", help="An encoder; 1 GPU if not given.")
 @PLACES
@@ -295,7 +271,7 @@ def epd_command(**given: Any) -> None:
             encode,
             prefill,
             decode,
-            router_host(given, prefill),
+            router_host(given, [*prefill, *decode]),
             gpu_memory_of(given),
             ports_of(given),
             policy_of(given),

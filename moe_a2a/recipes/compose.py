@@ -12,6 +12,9 @@ from moe_a2a.recipes.shell import check_script
 _CACHE = "${HF_HOME:-~/.cache/huggingface}:/root/.cache/huggingface"
 _MODELSCOPE_CACHE = "${MODELSCOPE_CACHE:-~/.cache/modelscope}:/root/.cache/modelscope"
 
+#: Of a container: the router has three sockets a request, and does not raise a lower limit (docs/troubleshooting.md).
+OPEN_FILES = 1048576
+
 
 def render_compose(plan: Plan) -> dict[str, str]:
     """File name -> text: compose.yaml for one host, else compose-HOST.yaml for each; check.sh; README.md."""
@@ -45,8 +48,9 @@ def _service(plan: Plan, server: Server) -> str:
     lines = [f"  {server.name}:", f"    image: {scalar(plan.image)}"]
     # The host's network and memory: servers find each other by the host's addresses, and their ranks share memory.
     lines += ["    network_mode: host", "    ipc: host", "    init: true", '    restart: "no"']
+    lines += ["    ulimits:", f"      nofile: {OPEN_FILES}"]
     if server.place.gpus:
-        lines += ["    ulimits:", "      memlock: -1", "      stack: 67108864"]
+        lines += ["      memlock: -1", "      stack: 67108864"]
         lines += ["    cap_add:", "      - IPC_LOCK"]
         if plan.rdma:
             lines += ["    devices:", "      - /dev/infiniband:/dev/infiniband"]
@@ -62,7 +66,10 @@ def _service(plan: Plan, server: Server) -> str:
     lines += [f"      - {scalar(word)}" for word in server.command]
     if server.node == 0:
         lines += ["    healthcheck:", "      test:"]
-        lines += [f"        - {scalar(word)}" for word in ("CMD", "curl", "--fail", "--silent", f"{server.url}/health")]
+        lines += [
+            f"        - {scalar(word)}"
+            for word in ("CMD", "curl", "--noproxy", "*", "--fail", "--silent", f"{server.url}/health")
+        ]
         lines += ["      interval: 15s", "      timeout: 10s", "      start_period: 60m"]
     return "\n".join(lines) + "\n"
 

@@ -8,7 +8,9 @@ ROUTER = "sglang-router==0.3.2"
 _FIND = "import sys; from importlib.util import find_spec; sys.exit(not all(map(find_spec, sys.argv[1:])))"
 
 #: SGLang's published images. Those for AMD are named after ROCm and the GPU too: look which ones a release has.
-_BASE = {"nvidia": "lmsysorg/sglang:v{version}", "amd": "lmsysorg/sglang:v{version}-rocm700-mi30x"}
+_BASE = "lmsysorg/sglang:v{version}"
+_AMD_TAGS = {"mi355x": "-rocm700-mi35x"}
+_AMD_TAG = "-rocm700-mi30x"
 
 _HEAD = """\
 # SGLang {version} for {maker} GPUs, with moe-a2a, the Transfer Engine, etcd and user-space drivers of RDMA devices.
@@ -57,9 +59,9 @@ RUN wheel="$(echo /opt/wheels/moe_a2a-*.whl)" \\
 """
 
 
-def dockerfile(release: str, maker: str) -> str:
-    """maker: "nvidia" or "amd"."""
-    base = _BASE[maker].format(version=release)
+def dockerfile(release: str, maker: str, gpu: str) -> str:
+    """maker: "nvidia" or "amd". gpu: --gpu."""
+    base = _BASE.format(version=release) + (_AMD_TAGS.get(gpu.lower(), _AMD_TAG) if maker == "amd" else "")
     head = _HEAD.format(version=release, maker={"nvidia": "NVIDIA", "amd": "AMD"}[maker], base=base)
     body = {"nvidia": _NVIDIA, "amd": _AMD}[maker].format(router=ROUTER, find=_FIND)
     return head + body

@@ -48,6 +48,7 @@ def plan(
         ranks = rules.one_size(role, groups)
         worked = _role(settings, role, ranks, experts, served)
         share = memory.share(model, ranks, gpu_memory_gib, expert_parallel=True, redundant=worked.redundant)
+        rules.check_rows(model, role, worked.tokens, share)
         page.fits(f"weights of a {role} server on {ranks} GPUs", share)
         roles.append(worked)
         found += servers.build(settings, worked.kind, groups, given)

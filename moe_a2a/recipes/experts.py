@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from moe_a2a import placement
 from moe_a2a.recipes.hosts import Group
+from moe_a2a.recipes.memory import GIB, Share
 from moe_a2a.recipes.models import EP_ARCHITECTURES, Model
 from moe_a2a.recipes.plan import RecipeError
 from moe_a2a.sglang_plugin import flags as plugin
@@ -17,6 +18,9 @@ from moe_a2a.sglang_plugin.limits import FlagError, limits_from_server_args
 #: Mooncake's own EP has one size for prefill and decode, in this variable, up to this many tokens of a rank.
 UPSTREAM_LIMIT = plugin.UPSTREAM_LIMIT
 UPSTREAM_MOST = 1024
+
+#: Requests that one rank decodes at a time, where nobody says how many.
+DECODE_REQUESTS = 128
 
 #: Which code serves --moe-a2a-backend mooncake: this package, or Mooncake's own EP.
 Served = Literal["moe-a2a", "mooncake"]
@@ -38,7 +42,7 @@ class Experts:
     survive: int | None = None
     redundant: int | None = None
     prefill_tokens: int | None = None
-    decode_requests: int = 128
+    decode_requests: int = DECODE_REQUESTS
     two_batch_overlap: bool = False
 
 
@@ -84,8 +88,11 @@ def check_wishes(experts: Experts, served: Served) -> None:
             f"--survive {experts.survive} without --elastic: a lost rank ends the server whatever its experts; give "
             "both, or --redundant-experts for balance"
         )
-    if experts.survive is not None and experts.redundant is not None:
-        raise RecipeError("--survive and --redundant-experts: the first decides the second; give one of them")
+    if experts.elastic and experts.redundant is not None:
+        raise RecipeError(
+            f"--redundant-experts {experts.redundant} with --elastic: --survive decides how many there are; leave the "
+            "first out"
+        )
     if experts.survive is not None and experts.survive < 1:
         raise RecipeError(f"--survive {experts.survive}: give 1 or more failures, or leave --elastic out")
     tokens = experts.prefill_tokens
@@ -121,7 +128,9 @@ def redundant(role: str, model: Model, ranks: int, experts: Experts) -> int:
     if experts.elastic:
         failures = experts.survive or 1
         if failures >= ranks:
-            raise RecipeError(f"--survive {failures}: a {role} server has {ranks} ranks, one of which must be left")
+            raise RecipeError(
+                f"--survive {failures}: a {role} server has {ranks} ranks, one of which must be left; give fewer"
+            )
         return placement.redundant_experts(model.experts, ranks, failures)
     redundant = experts.redundant or 0
     if redundant < 0 or (model.experts + redundant) % ranks:
@@ -131,6 +140,22 @@ def redundant(role: str, model: Model, ranks: int, experts: Experts) -> int:
             f"{ranks} GPUs of a {role} server; give {fitting} or {fitting + ranks}"
         )
     return redundant
+
+
+def check_rows(model: Model, role: str, tokens: int, share: Share) -> None:
+    """The rows of a step fit beside the weights, counting what no implementation is without. Raises RecipeError.
+
+    With equal loads a rank's experts have `tokens` rows for each choice of a token, a byte a column that goes in and
+    two that come out; its own tokens are there in bf16, twice (the residual stream).
+    """
+    columns = tokens * model.size("hidden_size")
+    least = columns * 3 * model.size("num_experts_per_tok") + columns * 4
+    if share.weights + least > share.memory:
+        option = "--prefill-tokens" if role == "prefill" else "--decode-requests"
+        raise RecipeError(
+            f"{option} {tokens}: a step's rows take {least / GIB:.0f} GiB of a GPU or more, beside {share.text} for "
+            "weights; give fewer"
+        )
 
 
 def check_sizes(
@@ -154,7 +179,7 @@ def check_sizes(
         cuda_graph_config=SimpleNamespace(prefill=SimpleNamespace(backend="disabled")),
         ep_num_redundant_experts=redundant,
     )
-    sizes = plugin.ModelSizes(model.experts, model.size("hidden_size"), model.first("num_experts_per_tok", default=1))
+    sizes = plugin.ModelSizes(model.experts, model.size("hidden_size"), model.size("num_experts_per_tok"))
     try:
         plugin.check_resolved(args, limits_from_server_args(args), sizes)
     except FlagError as error:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from moe_a2a.recipes.plan import HostGpus, RecipeError
 
-_NAME = r"[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?"
-_PLACE = re.compile(rf"(?:\[(?P<ipv6>[0-9A-Fa-f:.]+)\]|(?P<host>{_NAME}))(?::(?P<first>\d+)(?:-(?P<last>\d+))?)?")
+_PLACE = re.compile(r"(?P<host>\[[^\[\]]*\]|[^\[\]:]+)(?::(?P<first>[0-9]+)(?:-(?P<last>[0-9]+))?)?")
+_LABEL = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)")
 _DEVICE = re.compile(r"[A-Za-z0-9_.-]+")
 
 
@@ -40,12 +40,13 @@ def group(option: str, text: str, default_gpus: int) -> Group:
     places, numbered = [], []
     for part in text.split(","):
         found = _PLACE.fullmatch(part.strip())
-        if found is None:
+        host = _host(found["host"]) if found is not None else None
+        if found is None or host is None:
             raise RecipeError(
                 f"{option} {text!r}: {part!r} is not HOST[:GPUS]; give a name or an address and a number or a range of "
                 "GPUs, such as 192.0.2.10:8, 192.0.2.10:4-7 or [2001:db8::10]:8; with commas, the hosts of one server"
             )
-        host = found["ipv6"] or found["host"]
+        _check_reachable(option, text, host)
         if found["last"] is not None:
             first, last = int(found["first"]), int(found["last"])
             if last < first:
@@ -54,7 +55,9 @@ def group(option: str, text: str, default_gpus: int) -> Group:
         else:
             gpus = int(found["first"]) if found["first"] is not None else default_gpus
             if gpus < 1:
-                raise RecipeError(f"{option} {text}: {host} has 0 GPUs; give 1 or more")
+                raise RecipeError(
+                    f"{option} {text}: {host} has 0 GPUs; give how many, 1 or more, or a range: {host}:0-0 is GPU 0"
+                )
             places.append(HostGpus(host, gpus))
         numbered.append(found["last"] is not None)
     return Group(option, text, tuple(places), tuple(numbered))
@@ -119,34 +122,42 @@ def ib_devices(text: str, places: Iterable[HostGpus]) -> str | None:
     """
     option = "--ib-devices"
     given = text.strip()
-    if given == "auto":
+    if given.lower() == "auto":
         return None
     if given.endswith(".json"):
         try:
-            given = Path(given).read_text().strip()
+            given = Path(given).read_text(encoding="utf-8").strip()
         except OSError as error:
             raise RecipeError(f"{option} {text}: cannot be read ({error.strerror}); give a file with a map") from error
+        except UnicodeDecodeError as error:
+            raise RecipeError(f"{option} {text}: not JSON ({error}); give a file with a map") from error
+        if not given.startswith("{"):
+            raise RecipeError(f'{option} {text}: has no map in it, such as {{"0": "mlx5_0"}}; give a file with one')
     if not given.startswith("{"):
         _devices(option, text, given)
         return given
     try:
-        content = json.loads(given)
+        content = json.loads(given, object_pairs_hook=list)
     except json.JSONDecodeError as error:
         raise RecipeError(f'{option} {text}: not JSON ({error}); a map looks like {{"0": "mlx5_0"}}') from error
-    for gpu, names in content.items():
+    for gpu, names in content:
         if not re.fullmatch(r"0|[1-9]\d*", gpu) or not isinstance(names, str):
             raise RecipeError(
                 f'{option} {text}: {gpu!r}: {names!r} is not a GPU and its devices, such as "0": "mlx5_0"'
             )
         _devices(option, text, names)
+    found = dict(content)
+    if len(found) < len(content):
+        twice = next(gpu for gpu, _ in content if sum(gpu == other for other, _ in content) > 1)
+        raise RecipeError(f"{option} {text}: GPU {twice} is in the map twice; name all of its devices at once")
     needed = {gpu for place in places for gpu in range(place.first, place.last + 1)}
-    missing = sorted(needed - {int(gpu) for gpu in content})
+    missing = sorted(needed - {int(gpu) for gpu in found})
     if missing:
         raise RecipeError(
             f"{option} {text}: no devices for GPU {', '.join(map(str, missing))}; a map names those of every GPU that "
             "a server uses, by its number on the host"
         )
-    return json.dumps(content)
+    return json.dumps(found)
 
 
 def _devices(option: str, text: str, names: str) -> None:
@@ -158,9 +169,51 @@ def _devices(option: str, text: str, names: str) -> None:
             )
 
 
-def check_host(option: str, host: str) -> str:
-    """A host without GPUs, such as the router's: brackets are taken off an IPv6 address. Raises RecipeError."""
-    found = _PLACE.fullmatch(host)
-    if found is None or found["first"] is not None:
-        raise RecipeError(f"{option} {host!r} is not a name or an address, such as 192.0.2.10 or [2001:db8::10]")
-    return found["ipv6"] or found["host"]
+def check_host(option: str, text: str) -> str:
+    """A host without GPUs, such as the router's, as `group` has it. Raises RecipeError."""
+    host = _host(text)
+    if host is None:
+        raise RecipeError(f"{option} {text!r} is not a name or an address, such as 192.0.2.10 or [2001:db8::10]")
+    _check_reachable(option, text, host)
+    return host
+
+
+def check_router(host: str, groups: Sequence[Group]) -> None:
+    """A router on a loopback address is on the one host of all servers. Raises RecipeError."""
+    if _is_loopback(host) and any(place.host != host for one in groups for place in one.places):
+        raise RecipeError(
+            f"--router {host}: a loopback address, and which host it is of does not show; give the host's address in "
+            "the servers' network"
+        )
+
+
+def _host(text: str) -> str | None:
+    """A host by its one spelling, so that equal hosts are equal words; None if it is no host.
+
+    Names are in small letters, and IPv6 addresses short and without their brackets.
+    """
+    if text.startswith("["):
+        try:
+            return str(ipaddress.IPv6Address(text[1:-1])) if text.endswith("]") and "%" not in text else None
+        except ValueError:
+            return None
+    name = text.lower()
+    if re.fullmatch(r"[0-9.]+", name):  # no name, since resolvers take it for an address
+        try:
+            return str(ipaddress.IPv4Address(name))
+        except ValueError:
+            return None
+    return name if len(name) <= 253 and all(_LABEL.fullmatch(label) for label in name.split(".")) else None
+
+
+def _check_reachable(option: str, text: str, host: str) -> None:
+    """The address is one that others can ask. Raises RecipeError."""
+    try:
+        wildcard = ipaddress.ip_address(host).is_unspecified
+    except ValueError:  # a name
+        return
+    if wildcard:
+        raise RecipeError(
+            f"{option} {text}: stands for all addresses of a host, and nobody can send there; give the one that the "
+            "other hosts use"
+        )

@@ -6,9 +6,7 @@ MLPs with three matrices each, embeddings. Norms and biases are left out: they a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from moe_a2a.recipes.models import Model
 from moe_a2a.recipes.plan import RecipeError
@@ -63,14 +61,13 @@ def weights(model: Model, bytes_each: float | None = None) -> Weights:
         width = model.first("moe_intermediate_size", "intermediate_size", default=1)
         sparse = layers - dense_layers
         experts = sparse * model.experts * 3 * hidden * width
-        shared_experts = model.text.get("n_shared_experts") or 0
-        shared = sparse * (shared_experts * 3 * hidden * width + hidden * model.experts)
+        shared = sparse * (model.count("n_shared_experts") * 3 * hidden * width + hidden * model.experts)
     vocabulary = model.size("vocab_size") * hidden * (1 if model.text.get("tie_word_embeddings") else 2)
     return Weights(
         embeddings=vocabulary * plain,
         layers=(attention + dense + shared) * each,
         experts=experts * each,
-        vision=_vision(model.vision) * plain,
+        vision=_vision(model) * plain,
     )
 
 
@@ -79,16 +76,16 @@ def _dense_layers(model: Model) -> int:
     layers = model.size("num_hidden_layers")
     if not model.experts:
         return layers
-    return min(layers, int(model.text.get("first_k_dense_replace") or 0))
+    return min(layers, model.count("first_k_dense_replace"))
 
 
 def _attention(model: Model) -> int:
     """Parameters of a layer's attention."""
     hidden, heads = model.size("hidden_size"), model.size("num_attention_heads")
-    if model.text.get("kv_lora_rank"):
+    if model.count("kv_lora_rank"):
         latent, rope = model.size("kv_lora_rank"), model.size("qk_rope_head_dim")
         nope, value = model.size("qk_nope_head_dim"), model.size("v_head_dim")
-        rank = model.text.get("q_lora_rank")
+        rank = model.count("q_lora_rank")
         query = heads * (nope + rope)
         queries = rank * (hidden + query) if rank else hidden * query
         return int(queries + hidden * (latent + rope) + latent * heads * (nope + value) + heads * value * hidden)
@@ -96,27 +93,37 @@ def _attention(model: Model) -> int:
     return 2 * hidden * heads * width + 2 * hidden * model.first("num_key_value_heads", default=heads) * width
 
 
-def _vision(config: Mapping[str, Any] | None) -> float:
+def _vision(model: Model) -> int:
     """Parameters of a vision encoder, about: attention and an MLP with three matrices a layer, and one merger."""
+    config = model.vision
     if config is None:
-        return 0.0
-    layers = config.get("depth") or config.get("num_hidden_layers") or 0
-    hidden, inner = config.get("hidden_size") or 0, config.get("intermediate_size") or 0
-    merged = hidden * int(config.get("spatial_merge_size") or 1) ** 2
-    return float(
-        layers * (4 * hidden**2 + 3 * hidden * inner) + merged * (merged + (config.get("out_hidden_size") or 0))
-    )
+        return 0
+
+    def size(name: str) -> int:
+        return model.whole(f"vision_config {name}", config.get(name) or 0, least=0)
+
+    layers = size("depth") or size("num_hidden_layers")
+    hidden, inner = size("hidden_size"), size("intermediate_size")
+    merged = hidden * (size("spatial_merge_size") or 1) ** 2
+    return layers * (4 * hidden**2 + 3 * hidden * inner) + merged * (merged + size("out_hidden_size"))
 
 
 def _bytes_of_a_weight(model: Model) -> float:
     config = model.quantization
     if not config:
         return 4.0 if model.text.get("torch_dtype") == "float32" else 2.0
-    bits = config.get("bits") or config.get("w_bit")
+    bits = _quantized(model, "bits") or _quantized(model, "w_bit")
     if bits:  # packed integers, and for each group a scale of two bytes and a zero of `bits`
-        grouped = config.get("group_size") or 128
-        return float(bits) / 8 + (2 + float(bits) / 8) / (grouped if grouped > 0 else model.size("hidden_size"))
+        grouped = (
+            model.size("hidden_size") if config.get("group_size") == -1 else _quantized(model, "group_size") or 128
+        )
+        return bits / 8 + (2 + bits / 8) / grouped
     return 1.0
+
+
+def _quantized(model: Model, name: str) -> int:
+    """A number of the quantization_config, 0 if it is not there. Raises RecipeError."""
+    return model.whole(f"quantization_config {name}", model.quantization.get(name) or 0, least=0)
 
 
 @dataclass(frozen=True)
@@ -187,13 +194,21 @@ def check_parts(model: Model, gpus: int) -> None:
 
 def _columns(model: Model, gpus: int, name: str) -> None:
     columns = model.size(name)
-    config = model.quantization
-    block = max(1, (config.get("weight_block_size") or [0])[0] or config.get("group_size") or 1)
+    block = _block(model)
     if columns % (gpus * block):
         parts = f"{gpus} parts of whole blocks of {block}" if block > 1 else f"{gpus} equal parts"
         raise RecipeError(
             f"--model {model.path}: {name} {columns} cannot be cut into {parts}; give servers another number of GPUs"
         )
+
+
+def _block(model: Model) -> int:
+    """Columns that have their scale in common; 1 if each has its own. Raises RecipeError."""
+    sizes = model.quantization.get("weight_block_size")
+    if sizes is not None:
+        first = sizes[0] if isinstance(sizes, list) and sizes else sizes
+        return model.whole("quantization_config weight_block_size", first, least=1)
+    return 1 if model.quantization.get("group_size") == -1 else _quantized(model, "group_size") or 1
 
 
 def _divides(model: Model, gpus: int, what: str, number: int) -> None:

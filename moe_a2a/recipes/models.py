@@ -72,7 +72,7 @@ class Model:
     @property
     def experts(self) -> int:
         """Routed experts of a layer, without redundant ones; 0 for a dense model."""
-        return self.first("n_routed_experts", "num_experts", "num_local_experts", default=0)
+        return next(filter(None, map(self.count, ("n_routed_experts", "num_experts", "num_local_experts"))), 0)
 
     @property
     def is_local(self) -> bool:
@@ -80,11 +80,18 @@ class Model:
 
     def size(self, name: str) -> int:
         """A positive number of the language model's configuration. Raises RecipeError."""
-        value = self.text.get(name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        return self.whole(name, self.text.get(name), least=1)
+
+    def count(self, name: str) -> int:
+        """A number of the language model's configuration, 0 if it is not there. Raises RecipeError."""
+        return self.whole(name, self.text.get(name) or 0, least=0)
+
+    def whole(self, name: str, value: object, least: int) -> int:
+        """`value`, which the configuration has under `name`, if it is a whole number. Raises RecipeError."""
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise RecipeError(
                 f"--model {self.path}: its config.json has {name}={value!r}; what fits where follows from this number, "
-                "which must be 1 or more"
+                f"which must be {least} or more"
             )
         return value
 
@@ -98,7 +105,7 @@ class Model:
 
 @functools.cache
 def _data() -> dict[str, dict[str, Any]]:
-    data: dict[str, dict[str, Any]] = json.loads(_DATA.read_text())
+    data: dict[str, dict[str, Any]] = json.loads(_DATA.read_text(encoding="utf-8"))
     return data
 
 
@@ -140,11 +147,13 @@ def _check_path(path: str) -> None:
 
 def _read(file: str) -> Mapping[str, Any]:
     try:
-        content = json.loads(Path(file).read_text())
+        content = json.loads(Path(file).read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(f"--config {file}: cannot be read ({error.strerror}); give a model's config.json") from error
     except ValueError as error:
         raise RecipeError(f"--config {file}: not JSON ({error}); give a model's config.json") from error
+    except RecursionError as error:
+        raise RecipeError(f"--config {file}: too deep for JSON; give a model's config.json") from error
     names = content.get("architectures") if isinstance(content, dict) else None
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise RecipeError(f"--config {file}: has no architectures; give a model's config.json")

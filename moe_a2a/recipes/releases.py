@@ -35,4 +35,8 @@ def release(version: str) -> Release:
             "checked against; give one of these"
         )
     parsed = Version(version)
+    if parsed.is_prerelease:
+        raise RecipeError(
+            f"--sglang {version}: not yet a release, and its flags may be others; give {parsed.base_version}"
+        )
     return Release(parsed.public, parsed.release)

@@ -20,6 +20,9 @@ PYTHON = "python3"
 #: The router's own half hour cuts the streams of a long queue (docs/troubleshooting.md, "Requests dropped").
 REQUEST_SECONDS = 21600
 
+#: What the router listens on if its host is a name.
+ALL_ADDRESSES = "0.0.0.0"
+
 #: --transfer: SGLang's backends for the KV cache that recipes know.
 TRANSFERS = ("mooncake", "mooncake_tcp", "nixl")
 
@@ -67,7 +70,8 @@ class Settings:
 
     @property
     def env(self) -> dict[str, str]:
-        return {"SGLANG_USE_MODELSCOPE": "1"} if self.modelscope else {}
+        # Not "1", which SGLang's benchmark client takes for no.
+        return {"SGLANG_USE_MODELSCOPE": "true"} if self.modelscope else {}
 
     @property
     def model_flags(self) -> tuple[str, ...]:
@@ -161,6 +165,18 @@ def _own_address(host: str) -> dict[str, str]:
         return {}
 
 
+def _bound(host: str) -> str:
+    """What the router listens on: it takes addresses only, IPv6 ones in brackets. With a name, all IPv4 addresses."""
+    if host == "localhost":
+        return "127.0.0.1"
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        # A place holder is an address by the time that a script runs.
+        return host if host.endswith(".invalid") else ALL_ADDRESSES
+    return f"[{address}]" if address.version == 6 else str(address)
+
+
 @dataclass(frozen=True)
 class Policy:
     """--policy, --prefill-policy and --decode-policy of the router."""
@@ -171,7 +187,8 @@ class Policy:
 
 def router(host: str, port: int, servers: Sequence[Server], policy: Policy) -> Server:
     """sglang-router in front of prefill and decode servers."""
-    command = [PYTHON, "-m", "sglang_router.launch_router", "--pd-disaggregation", "--host", host, "--port", str(port)]
+    command = [PYTHON, "-m", "sglang_router.launch_router", "--pd-disaggregation"]
+    command += ["--host", _bound(host), "--port", str(port)]
     command += ["--prefill-policy", policy.prefill, "--decode-policy", policy.decode]
     # Weights of hundreds of GiB take longer than the router's half hour on some file systems.
     command += ["--worker-startup-timeout-secs", "3600", "--request-timeout-secs", str(REQUEST_SECONDS)]

@@ -12,7 +12,7 @@ set -euo pipefail
 deadline=$((SECONDS + ${1:-3600}))
 
 wait_for() { # what it shows, URL
-    until curl --silent --fail --max-time 10 --output /dev/null "$2"; do
+    until curl --noproxy '*' --silent --fail --max-time 10 --output /dev/null "$2"; do
         if ((SECONDS >= deadline)); then
             echo "still not so: $1 ($2)" >&2
             exit 1
@@ -24,7 +24,7 @@ wait_for() { # what it shows, URL
 
 ask() { # what it shows, URL, JSON
     local kind='Content-Type: application/json'
-    if ! curl --silent --show-error --fail --max-time 600 --header "$kind" --data "$3" "$2"; then
+    if ! curl --noproxy '*' --silent --show-error --fail --max-time 600 --header "$kind" --data "$3" "$2"; then
         echo "not so: $1 ($2)" >&2
         exit 1
     fi
@@ -51,8 +51,10 @@ def script(server: Server) -> str:
         "" if not place.gpus else f", GPU {place.first}" if place.gpus == 1 else f", GPUs {place.first} to {place.last}"
     )
     exports = "".join(f"export {name}={quoting.word(value)}\n" for name, value in sorted(server.env.items()))
+    # The router does not raise it by itself, and has three sockets a request (docs/troubleshooting.md).
+    files = "ulimit -Sn hard\n" if server.role == "router" else ""
     return (
-        f"{_HEAD}# {server.name}: run on {server.host}{gpus}.\nset -euo pipefail\n{exports}exec "
+        f"{_HEAD}# {server.name}: run on {server.host}{gpus}.\nset -euo pipefail\n{exports}{files}exec "
         f"{quoting.lines(server.command)}\n"
     )
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_a2a.recipes import ep, memory, pd, quoting, servers
+from moe_a2a.recipes import ep, hosts, memory, pd, quoting, servers
 from moe_a2a.recipes.dockerfile import dockerfile
 from moe_a2a.recipes.hosts import Group
 from moe_a2a.recipes.models import Model
@@ -30,6 +30,9 @@ _MODEL = "/model.invalid"
 #: Place holder -> the variable that has the value on a node.
 _VARIABLES = {_HOST: "ADDRESS", _PROXY: "ADDRESS", _MODEL: "MODEL_PATH"}
 _SBATCH = re.compile(r"[A-Za-z0-9_.,:=@%+/-]+")
+_TIME = re.compile(r"[0-9]+(:[0-9]+){0,2}|[0-9]+-[0-9]+(:[0-9]+){0,2}|UNLIMITED", re.IGNORECASE)
+#: Ports of etcd on the proxy node, as the node script says.
+_ETCD = (2379, 2380)
 
 #: What containers of servers are given, by the maker of the GPUs.
 _DEVICES = {
@@ -44,12 +47,14 @@ class Job:
     """What is asked for.
 
     settings: one for each model, the default first; they differ in the model only.
+    ib_devices: --ib-devices, as given.
     gpus: of a server, one server a node; None takes each model's usual number.
     gpu: --gpu. experts: with expert parallelism, or None for tensor parallelism.
     sbatch: more #SBATCH options, such as partition and time, by name.
     """
 
     settings: tuple[Settings, ...]
+    ib_devices: str
     gpus: int | None
     gpus_per_node: int
     gpu: str
@@ -79,9 +84,9 @@ def render(job: Job) -> dict[str, str]:
     placed = [_plan(job, _placed(settings)) for settings in job.settings]
     return {
         BATCH: _batch(job),
-        NODE: (_FILES / NODE).read_text(),
+        NODE: (_FILES / NODE).read_text(encoding="utf-8"),
         "settings.sh": _settings(job, placed),
-        "Dockerfile": dockerfile(job.settings[0].release.version, job.maker),
+        "Dockerfile": dockerfile(job.settings[0].release.version, job.maker, job.gpu),
         "README.md": readme(
             job.settings, plans, [name_of(settings.model) for settings in job.settings], job.maker, job.served
         ),
@@ -102,8 +107,18 @@ def _check(job: Job) -> None:
     names = [name_of(settings.model) for settings in job.settings]
     for name in names:
         if names.count(name) > 1:
-            raise RecipeError(f"--model: {names.count(name)} models are called {name}, and MODEL_NAME could be either")
+            raise RecipeError(
+                f"--model: {names.count(name)} models are called {name}, and MODEL_NAME could be either; give one"
+            )
+        if name in ("", ".", ".."):
+            raise RecipeError(
+                f"--model: the last part of a name is MODEL_NAME, and {name!r} is none; give the folder's"
+            )
+    if job.given.router in _ETCD:
+        raise RecipeError(f"--port {job.given.router}: etcd has it on the proxy node; give another")
     for option, value in job.sbatch:
+        if option == "time" and not _TIME.fullmatch(value):
+            raise RecipeError(f"--time {value!r}: give minutes, HH:MM:SS, or DAYS-HH:MM:SS, as Slurm reads it")
         if not _SBATCH.fullmatch(value):
             raise RecipeError(f"--{option} {value!r}: Slurm reads it unquoted; give letters, digits and _.,:=@%+/-")
     for settings in job.settings:
@@ -118,6 +133,8 @@ def _check(job: Job) -> None:
 def _plan(job: Job, settings: Settings) -> Plan:
     """One prefill and one decode server: every node's is the same but for its address."""
     gpus = job.gpus_of(settings)
+    devices = hosts.ib_devices(job.ib_devices, [HostGpus(_HOST, gpus)])
+    settings = dataclasses.replace(settings, ib_devices=devices)
     one = [Group("--gpus", str(gpus), (HostGpus(_HOST, gpus),), (False,))]
     gib = memory.gpu_memory(job.gpu)[0]
     if job.experts:
@@ -132,7 +149,7 @@ def _placed(settings: Settings) -> Settings:
 
 def _batch(job: Job) -> str:
     """The batch script, with the options of the job in its head."""
-    text = (_FILES / BATCH).read_text()
+    text = (_FILES / BATCH).read_text(encoding="utf-8")
     lines = [f"#SBATCH --{name}={value}" for name, value in (("gres", f"gpu:{job.gpus_per_node}"), *job.sbatch)]
     first, rest = text.split("\n", 1)
     return "\n".join([first, *lines, rest])
@@ -156,6 +173,7 @@ def _settings(job: Job, plans: Sequence[Plan]) -> str:
         f"DEVICES=({quoting.line(devices)})",
         # Without this package the flag of --ep moe-a2a would be Mooncake's own EP.
         f"REQUIRES=({'moe_a2a' if job.served == 'moe-a2a' else ''})",
+        f"HUB={'modelscope' if job.settings[0].modelscope else 'huggingface'}",
         f"PROOF={quoting.word(json.dumps(servers.GENERATE))}",
         "",
         "set_model() {",

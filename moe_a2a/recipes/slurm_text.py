@@ -37,11 +37,12 @@ Submit from this folder, or set `RECIPE_DIR` to it; a partition and an account a
 | `DOCKER_IMAGE_NAME` | the image |
 | `LOG_PATH` | a folder that all nodes share; each job makes a folder in it, named after its id |
 | `MODEL_DIR` | where the nodes have `MODEL_NAME` as a folder; without it, {without} |
-| `HF_HOME`, `HF_TOKEN` | cache and token, if the model comes from a hub |
+| {cache} |
 | `BENCHMARK_COMBINATIONS` | tokens in and out, `1024/1024 8192/1024` |
 | `BENCHMARK_CONCURRENCY_LEVELS` | `8 16 32 64 128 256 512` |
 | `SKIP_BENCHMARK` | 1: serve until the job ends, at port {router} of the proxy node |
 | `START_SECONDS` | until all servers are healthy, 3600 |
+| `TEARDOWN_SECONDS` | until a node that does not end is killed, 120 |
 
 The job's folder:
 
@@ -101,6 +102,9 @@ def readme(
         model=names[0],
         version=first.release.version,
         without="the folder that the recipe was rendered for" if local else "it is taken from the hub",
+        cache="`MODELSCOPE_CACHE` | the cache, if the model comes from the hub"
+        if first.modelscope
+        else "`HF_HOME`, `HF_TOKEN` | cache and token, if the model comes from the hub",
         router=plans[0].router.port,
         timeout=REQUEST_SECONDS,
         notes=_AMD if maker == "amd" else "",

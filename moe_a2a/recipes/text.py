@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from moe_a2a.recipes.memory import Share
 from moe_a2a.recipes.plan import Plan, Server
-from moe_a2a.recipes.servers import Settings
+from moe_a2a.recipes.servers import ALL_ADDRESSES, Settings
 
 _TRANSFERS = {
     "mooncake": "The KV cache goes over RDMA, through the Mooncake Transfer Engine. Without RDMA devices use "
@@ -50,9 +50,10 @@ class Page:
             gpus = f"{place.first} to {place.last}" if place.gpus > 1 else str(place.first) if place.gpus else ""
             rows.append(f"| {server.name} | {server.host} | {gpus} | {server.port if server.node == 0 else ''} |")
         sizes = [f"By arithmetic, {'; '.join(self._sizes)}."] if self._sizes else []
+        anywhere = any(ALL_ADDRESSES in server.command for server in self.processes)
         trust = (
-            "Servers listen on the addresses above and authenticate nobody, the Transfer Engine included: the network "
-            "must be trusted."
+            f"Servers listen on the addresses above{', the router on all of its host,' if anywhere else ''} and "
+            "authenticate nobody, the Transfer Engine included: the network must be trusted."
         )
         return "\n\n".join(["\n".join(rows), *self._paragraphs, *sizes, trust]) + "\n"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -19,16 +20,21 @@ def write(plan: Plan, form: str, out: Path) -> list[str]:
 
 
 def write_files(files: Mapping[str, str], out: Path) -> list[str]:
-    """Write files, those that begin with #! executable. Raises RecipeError."""
+    """Write files, those that begin with #! executable: all of them, or none. Raises RecipeError."""
+    begun: list[Path] = []
     try:
         out.mkdir(parents=True, exist_ok=True)
         if any(out.iterdir()):
             raise RecipeError(f"--out {out}: there are files in it; give a folder that is new or empty")
         for name, text in files.items():
             file = out / name
-            file.write_text(text)
+            begun.append(file)
+            file.write_text(text, encoding="utf-8")
             if text.startswith("#!"):
                 file.chmod(0o755)
     except OSError as error:
+        for file in begun:
+            with contextlib.suppress(OSError):  # the one that could not be made
+                file.unlink()
         raise RecipeError(f"--out {out}: {error.strerror}; give a folder that can be written") from error
     return list(files)

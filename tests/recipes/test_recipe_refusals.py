@@ -10,6 +10,8 @@ import pytest
 from recipe_plans import plan_of, refusal
 
 from moe_a2a.recipes import models
+from moe_a2a.recipes.plan import RecipeError
+from moe_a2a.recipes.write import write_files
 
 LLAMA = "--sglang 0.5.20 --model meta-llama/Llama-3.1-8B-Instruct"
 V3 = "--sglang 0.5.20 --model deepseek-ai/DeepSeek-V3"
@@ -28,7 +30,20 @@ REFUSED = {
     f"pd {LLAMA} --prefill a:4-8 --decode b": ["--prefill a:4-8", "number 8"],
     f"pd {LLAMA} --prefill a:2,b:4 --decode c": ["2 and 4 GPUs", "equally many"],
     f"pd {LLAMA} --prefill a:3-2 --decode b": ["3-2", "give 2-3"],
-    f"pd {LLAMA} --prefill a:0 --decode b": ["a has 0 GPUs"],
+    f"pd {LLAMA} --prefill a:0 --decode b": ["a has 0 GPUs", "a:0-0 is GPU 0"],
+    f"pd {LLAMA} --prefill [2001:db8::1] --decode [2001:DB8:0:0::1]": ["2001:db8::1 is there twice"],
+    f"pd {LLAMA} --prefill Host-A:0-0 --decode host-a:0-0": ["GPU 0 is in both"],
+    f"pd {LLAMA} --prefill [::::] --decode b": ["--prefill '[::::]'", "is not HOST[:GPUS]"],
+    f"pd {LLAMA} --prefill '[fe80::1%$(id)]' --decode b": ["is not HOST[:GPUS]"],
+    f"pd {LLAMA} --prefill 192.0.2.300 --decode b": ["--prefill '192.0.2.300'", "is not HOST[:GPUS]"],
+    f"pd {LLAMA} --prefill a..b --decode b": ["--prefill 'a..b'", "is not HOST[:GPUS]"],
+    f"pd {LLAMA} --prefill a-:1 --decode b": ["--prefill 'a-:1'", "is not HOST[:GPUS]"],
+    f"pd {LLAMA} --prefill {'a' * 64} --decode b": ["is not HOST[:GPUS]"],
+    f"pd {LLAMA} --prefill 0.0.0.0:1 --decode b": ["--prefill 0.0.0.0:1", "all addresses of a host"],
+    f"pd {LLAMA} {PAIR} --router [::]": ["--router [::]", "all addresses of a host"],
+    f"pd {LLAMA} {PAIR} --router localhost": ["--router localhost", "loopback"],
+    f"pd-single {LLAMA} --host 0.0.0.0": ["--host 0.0.0.0", "all addresses of a host"],
+    f"pd-single {LLAMA} --host [::1": ["--host '[::1'", "is not a name or an address"],
     f"pd {LLAMA} --prefill 'a b' --decode c": ["--prefill 'a b'", "is not HOST[:GPUS]"],
     f"pd {LLAMA} --prefill '$(id)' --decode c": ["--prefill '$(id)'", "is not HOST[:GPUS]"],
     f"pd {LLAMA} --prefill 2001:db8::1 --decode c": ["is not HOST[:GPUS]", "[2001:db8::10]:8"],
@@ -55,10 +70,12 @@ REFUSED = {
     f"pd {LLAMA} {PAIR} --ib-devices '{{'": ["--ib-devices {", "not JSON"],
     f"""pd {LLAMA} --prefill a:0-1 --decode b:1 --ib-devices '{{"0": "mlx5_0"}}'""": ["no devices for GPU 1"],
     f"""pd {LLAMA} {PAIR} --ib-devices '{{"x": "mlx5_0"}}'""": ["'x'", "is not a GPU"],
+    f"""pd {LLAMA} {PAIR} --ib-devices '{{"0": "mlx5_0", "0": "mlx5_1"}}'""": ["GPU 0 is in the map twice"],
     f"pd {LLAMA} {PAIR} --ib-devices /missing/map.json": ["/missing/map.json", "No such file"],
     f"pd {LLAMA} {PAIR} --ib-devices mlx5_0 --transfer mooncake_tcp": ["--transfer mooncake_tcp", "over RDMA"],
     # models and releases
     f"pd --sglang 0.5.16 --model Qwen/Qwen3-32B {PAIR}": ["--sglang 0.5.16", "0.5.17 to 0.5.23"],
+    f"pd --sglang 0.5.20rc1 --model Qwen/Qwen3-32B {PAIR}": ["--sglang 0.5.20rc1", "not yet a release", "give 0.5.20"],
     f"pd --sglang latest --model Qwen/Qwen3-32B {PAIR}": ["--sglang latest", "0.5.17 to 0.5.23"],
     f"pd --sglang 0.5.20 --model some/model {PAIR}": ["--model some/model", "--config config.json"],
     f"pd --sglang 0.5.20 --model=--evil {PAIR}": ["--model '--evil'", "begins with a dash"],
@@ -67,6 +84,7 @@ REFUSED = {
     f"pd --sglang 0.5.20 --model a:b {PAIR}": ["--model a:b", "no colon"],
     f"pd {LLAMA} --config /missing/config.json {PAIR}": ["--config /missing/config.json", "No such file"],
     f"pd {LLAMA} {PAIR} --flags 'a \"b'": ["--flags", "No closing quotation"],
+    f"pd {LLAMA} {PAIR} --flags '--page-size 64 --port=1'": ["--flags '--page-size 64 --port=1'", "its own --port"],
     # memory and parts
     f"pd {V3} {PAIR} --gpu h100": ["--model deepseek-ai/DeepSeek-V3", "78.3 of 79 GiB", "if a server has 8", "85%"],
     f"pd {LLAMA} {PAIR} --gpu 8": ["15.0 of 8 GiB"],
@@ -90,16 +108,23 @@ REFUSED = {
     f"ep {V3} {PAIR} --survive 1": ["--survive 1 without --elastic"],
     f"ep {V3} {PAIR} --elastic --survive 8": ["--survive 8", "8 ranks"],
     f"ep {V3} {PAIR} --elastic --survive 0": ["--survive 0"],
-    f"ep {V3} {PAIR} --elastic --survive 1 --redundant-experts 8": ["--survive", "--redundant-experts"],
+    f"ep {V3} {PAIR} --elastic --redundant-experts 8": ["--redundant-experts 8 with --elastic", "--survive"],
     f"ep {V3} {PAIR} --elastic --survive 2": ["88 redundant experts", "fewer failures"],
     f"ep {V3} {PAIR} --elastic --ep moe-a2a": ["--elastic-ep-backend mooncake", "--ep mooncake"],
     f"ep {V3} --prefill a,b --decode c": ["--prefill a,b", "one host", "--ep mooncake"],
+    f"ep {V3} {PAIR} --prefill-tokens 64000000": ["--prefill-tokens 64000000", "GiB", "give fewer"],
     f"ep {V3} {PAIR} --prefill-tokens 100": ["--prefill-tokens 100", "multiple of 64"],
     f"ep {V3} {PAIR} --ep mooncake --prefill-tokens 2048": ["--prefill-tokens 2048", "at most 1024"],
     f"ep {V3} {PAIR} --ep mooncake --two-batch-overlap": ["--two-batch-overlap", "--ep mooncake"],
     f"ep {V3} {PAIR} --decode-requests 4096": ["decode servers would not start", "GiB", "16 GiB"],
     f"ep {V3} --prefill a --prefill b:4 --decode c --gpu 280": ["--prefill: servers with 4 and 8 GPUs"],
     f"ep {V3} --prefill a:1 --decode b --gpu 9000": ["one GPU has no one to share experts with"],
+    # what is given twice, or in vain
+    f"pd {LLAMA} {PAIR} --port 8000 --port 9000": ["--port is given 2 times"],
+    f"pd {LLAMA} {PAIR} --model Qwen/Qwen3-32B": ["--model is given 2 times"],
+    f"pd {LLAMA} {PAIR} --image mine:1": ["--image mine:1 with --format shell", "leave it out"],
+    f"pd {LLAMA} {PAIR} --format compose --image 'a b'": ["--image 'a b'", "not the name of an image"],
+    f"pd {LLAMA} {PAIR} --format compose --image ''": ["--image ''", "not the name of an image"],
     # encoders
     f"epd {LLAMA} --encode a {PAIR}": ["no encoder server for LlamaForCausalLM", "recipe pd"],
     f"epd {VISION} --encode a:3 {PAIR}": ["--encode a:3", "16 heads"],
@@ -113,11 +138,6 @@ def test_refused(command: str) -> None:
     for words in REFUSED[command]:
         assert words in said[at:], said
         at = said.index(words, at)
-
-
-def test_a_refusal_leaves_no_files(tmp_path: Path) -> None:
-    refusal(*shlex.split(f"pd {LLAMA} --prefill a --decode a"))
-    assert not Path("unused").exists()
 
 
 ACCEPTED = [
@@ -149,18 +169,66 @@ def test_a_map_of_devices_may_be_in_a_file(tmp_path: Path) -> None:
         assert server.command[server.command.index("--disaggregation-ib-device") + 1] == '{"0": "mlx5_0"}'
 
 
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"mlx5_0,mlx5_1", b"", b"[1]"])
+def test_a_file_without_a_map_of_devices_is_refused(content: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "map.json"
+    file.write_bytes(content)
+    said = refusal(*shlex.split(f"pd {LLAMA} {PAIR} --ib-devices {file}"))
+    assert f"--ib-devices {file}: " in said and "give a file" in said
+
+
+@pytest.mark.parametrize(
+    "host, listens", [("a", "0.0.0.0"), ("192.0.2.9", "192.0.2.9"), ("[2001:db8::9]", "[2001:db8::9]")]
+)
+def test_the_router_listens_on_an_address(host: str, listens: str) -> None:
+    plan = plan_of(*shlex.split(f"pd {LLAMA} {PAIR} --router {host}"))
+    assert plan.router.command[plan.router.command.index("--host") + 1] == listens
+    assert ("the router on all of its host" in plan.text) == (listens == "0.0.0.0")
+
+
 def test_a_folder_has_its_config_in_it(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(models.load("Qwen/Qwen3-32B").config))
     plan = plan_of("pd", "--sglang", "0.5.20", "--model", str(tmp_path), "--prefill", "a:2", "--decode", "b:2")
     assert plan.volumes == (str(tmp_path),)
 
 
-def test_a_config_that_lacks_a_size_names_it(tmp_path: Path) -> None:
-    config = dict(models.load("Qwen/Qwen3-32B").config)
-    del config["num_attention_heads"]
+#: What a config.json may have in the place of what it should, and what is said of it.
+BROKEN = [
+    *[({name: None}, f"{name}=None") for name in ("num_attention_heads", "hidden_size", "vocab_size")],
+    ({"hidden_size": "5120"}, "hidden_size='5120'"),
+    ({"num_hidden_layers": True}, "num_hidden_layers=True"),
+    ({"architectures": []}, "has no architectures"),
+    ({"n_routed_experts": 8, "first_k_dense_replace": "x"}, "first_k_dense_replace='x'"),
+    ({"n_routed_experts": 8, "n_shared_experts": 0.5}, "n_shared_experts=0.5"),
+    ({"kv_lora_rank": 512, "q_lora_rank": 8}, "qk_rope_head_dim=None"),
+    ({"quantization_config": {"bits": "four"}}, "quantization_config bits='four'"),
+    ({"quantization_config": {"weight_block_size": [0, 0]}}, "quantization_config weight_block_size=0"),
+    ({"quantization_config": {"bits": 4, "group_size": -2}}, "quantization_config group_size=-2"),
+    ({"vision_config": {"depth": "x"}}, "vision_config depth='x'"),
+]
+
+
+@pytest.mark.parametrize("change, says", BROKEN)
+def test_a_config_that_lacks_a_size_names_it(change: dict[str, object], says: str, tmp_path: Path) -> None:
+    config = {**models.load("Qwen/Qwen3-32B").config, **change}
     (tmp_path / "config.json").write_text(json.dumps(config))
     said = refusal("pd", "--sglang", "0.5.20", "--model", str(tmp_path), "--prefill", "a", "--decode", "b")
-    assert "num_attention_heads=None" in said
+    assert says in said
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"num_experts": 0}, {"quantization_config": {"bits": 4, "group_size": -1}}, {"quantization_config": None}],
+)
+def test_a_config_may_say_that_there_is_none_of_something(change: dict[str, object], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**models.load("Qwen/Qwen3-32B").config, **change}))
+    plan_of("pd", "--sglang", "0.5.20", "--model", str(tmp_path), "--prefill", "a", "--decode", "b")
+
+
+def test_files_that_cannot_all_be_written_are_not_left(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="give a folder that can be written"):
+        write_files({"one.sh": "#!/bin/sh", "missing/two.sh": ""}, tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_a_folder_with_files_is_not_written_to(tmp_path: Path) -> None:

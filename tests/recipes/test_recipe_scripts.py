@@ -66,7 +66,7 @@ def words_of(tmp_path: Path) -> Iterator[object]:
     report = tmp_path / "report.json"
     fake.write_text(
         f"#!{sys.executable}\nimport json, os, sys\n"
-        f"json.dump([sys.argv[1:], dict(os.environ)], open({str(report)!r}, 'w'))\n"
+        f"open({str(report)!r}, 'w').write(json.dumps([sys.argv[1:], dict(os.environ)]))\n"
     )
     fake.chmod(0o755)
 
@@ -95,6 +95,19 @@ def test_environment_variables_arrive_as_they_are(words_of) -> None:  # type: ig
     (server, *_) = plan_of(*shlex.split(PLANS[0])).servers
     odd = Server("prefill", "odd", server.place, 1, ("python3", "-V"), {"ODD": HOSTILE[0]})
     assert words_of(script(odd))[1]["ODD"] == HOSTILE[0]
+
+
+def test_the_router_may_open_as_many_files_as_the_shell_can_allow(tmp_path: Path) -> None:
+    router = plan_of(*shlex.split(PLANS[0])).router
+    fake = tmp_path / "python3"
+    fake.write_text("#!/bin/sh\nulimit -Sn\nulimit -Hn\n")
+    fake.chmod(0o755)
+    (tmp_path / "router.sh").write_text(script(router))
+    few = ["bash", "-c", 'ulimit -Sn 128; exec bash "$1"', "_", str(tmp_path / "router.sh")]
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(few, capture_output=True, text=True, env=environment, check=True)
+    soft, hard = done.stdout.split()
+    assert soft == hard != "128"
 
 
 def test_place_holders_become_variables(tmp_path: Path) -> None:
@@ -156,7 +169,7 @@ def test_every_process_is_a_service_on_its_host(command: str) -> None:
     for server in plan.processes:
         name, body = found[server.name]
         files.setdefault(name, set()).add(server.host)
-        assert body["image"] == plan.image
+        assert body["image"] == plan.image and body["ulimits"]["nofile"] == 1048576  # type: ignore[index]
         environment = dict(body["environment"])  # type: ignore[call-overload]
         assert environment.pop("HF_TOKEN") == "${HF_TOKEN:-}"
         assert environment == dict(server.env)

@@ -86,7 +86,7 @@ def nothing_is_left(cluster: Cluster) -> bool:
 
 
 def test_a_job_sweeps_and_leaves_nothing_behind(cluster: Cluster, recipe: Path, tmp_path: Path) -> None:
-    job = Job(cluster, recipe, 4, tmp_path, yD="2", HF_TOKEN="secret", FAKE_PREFILL="--unhealthy-s 2")
+    job = Job(cluster, recipe, 4, tmp_path, yD="2", HF_TOKEN="secret", FAKE_PREFILL="--unhealthy-s 1")
     code, output = job.end()
     assert code == 0, output
     assert nothing_is_left(cluster)
@@ -155,7 +155,7 @@ def test_a_server_that_never_starts_ends_the_job(cluster: Cluster, recipe: Path,
 
 
 def test_a_server_that_is_not_healthy_in_time_ends_the_job(cluster: Cluster, recipe: Path, tmp_path: Path) -> None:
-    code, output = Job(cluster, recipe, 3, tmp_path, FAKE_DECODE="--unhealthy-s 600", START_SECONDS="3").end()
+    code, output = Job(cluster, recipe, 3, tmp_path, FAKE_DECODE="--unhealthy-s 600", START_SECONDS="2").end()
     assert code == 1
     assert "is not healthy after" in output
     assert nothing_is_left(cluster)
@@ -210,12 +210,18 @@ def test_an_image_without_this_package_does_not_serve_experts(cluster: Cluster, 
     assert nothing_is_left(cluster)
 
 
-def test_a_job_with_experts_sweeps(cluster: Cluster, tmp_path: Path) -> None:
-    recipe = render(tmp_path / "recipe", *DEEPSEEK, "--ep", "moe-a2a")
-    code, output = Job(cluster, recipe, 3, tmp_path, BENCHMARK_CONCURRENCY_LEVELS="2").end()
+def test_a_job_with_experts_and_a_model_of_modelscope_sweeps(cluster: Cluster, tmp_path: Path) -> None:
+    recipe = render(tmp_path / "recipe", *DEEPSEEK, "--ep", "moe-a2a", "--modelscope")
+    cache = str(tmp_path / "models of modelscope")
+    job = Job(cluster, recipe, 3, tmp_path, BENCHMARK_CONCURRENCY_LEVELS="2", MODELSCOPE_CACHE=cache)
+    code, output = job.end()
     assert code == 0, output
     servers = [container for container in cluster.containers() if "sglang.launch_server" in container["command"]]
     assert [list(server["command"]).count("--moe-a2a-backend") for server in servers] == [1, 1]
+    (client,) = (container for container in cluster.containers() if "--seed" in container["command"])
+    for container in (*servers, client):
+        assert f"{cache}:/root/.cache/modelscope" in container["flags"]
+        assert "SGLANG_USE_MODELSCOPE=true" in container["flags"] and "HF_TOKEN" not in container["flags"]
 
 
 def test_a_node_without_the_model_is_named(cluster: Cluster, recipe: Path, tmp_path: Path) -> None:
@@ -237,6 +243,8 @@ def test_a_node_without_the_model_is_named(cluster: Cluster, recipe: Path, tmp_p
         ({"LOG_PATH": "/no/such/folder"}, "LOG_PATH=/no/such/folder: no such folder on node1"),
         ({"BENCHMARK_COMBINATIONS": "1024"}, "BENCHMARK_COMBINATIONS=1024: give tokens in and out"),
         ({"BENCHMARK_CONCURRENCY_LEVELS": "8 a[$(touch broken)]"}, "give numbers of requests, such as '8 64 512'"),
+        ({"START_SECONDS": "1h"}, "START_SECONDS=1h: give seconds, 1 or more"),
+        ({"TEARDOWN_SECONDS": "0"}, "TEARDOWN_SECONDS=0: give seconds, 1 or more"),
         ({"RECIPE_DIR": "/no/such"}, "no settings.sh in '/no/such'"),
     ],
 )
@@ -299,7 +307,9 @@ def test_experts_are_shared_on_nvidia_gpus_only(tmp_path: Path) -> None:
     out = render(tmp_path / "amd", *DEEPSEEK, "--gpu", "mi300x")
     settings = (out / "settings.sh").read_text()
     assert "moe-a2a-backend" not in settings and "/dev/kfd" in settings and "--gpus all" not in settings
-    assert "rocm" in (out / "Dockerfile").read_text()
+    assert "mi30x" in (out / "Dockerfile").read_text()
+    out = render(tmp_path / "newer", *DEEPSEEK, "--gpu", "mi355x")
+    assert "mi35x" in (out / "Dockerfile").read_text()
 
 
 @pytest.mark.parametrize(
@@ -311,14 +321,30 @@ def test_experts_are_shared_on_nvidia_gpus_only(tmp_path: Path) -> None:
         (("--model", LLAMA), "2 models are called Llama-3.1-8B-Instruct"),
         (("--model", "Qwen/Qwen3-32B", "--config", "c.json"), "--config c.json with 2 models: it is of one"),
         (("--partition", "gpu\n#SBATCH --wrap=x"), "--partition 'gpu\\n#SBATCH --wrap=x': Slurm reads it unquoted"),
-        (("--time", "1 day"), "--time '1 day': Slurm reads it unquoted"),
+        (("--time", "1 day"), "--time '1 day': give minutes, HH:MM:SS, or DAYS-HH:MM:SS"),
         (("--ep", "moe-a2a"), "has no experts"),
-        (("--ib-devices", '{"0": "mlx5_0"}'), "no devices for GPU 1, 2, 3, 4, 5, 6, 7"),
+        (("--gpus", "2", "--ib-devices", '{"0": "mlx5_0"}'), "no devices for GPU 1; a map names those"),
+        (("--decode-requests", "64"), "--decode-requests 64 without --ep"),
+        (("--prefill-tokens", "64"), "--prefill-tokens 64 without --ep"),
+        (("--port", "2379"), "--port 2379: etcd has it"),
         (("--transfer", "nixl", "--ib-devices", "mlx5_0"), "only mooncake over RDMA uses them"),
         (("--gpu", "12"), "its weights take 15.0 of 12 GiB"),
         (("--flags", "'"), '--flags "\'": No closing quotation'),
-        (("--sglang", "0.5.9"), "--sglang 0.5.9: recipes are for SGLang 0.5.17 to 0.5.23"),
+        (("--sglang", "0.5.21"), "--sglang is given 2 times"),
     ],
 )
 def test_what_cannot_work_is_refused(words: tuple[str, ...], says: str) -> None:
     assert says in refusal(*SLURM, *words)
+
+
+@pytest.mark.parametrize("path", ["/", "/models/..", "hub/."])
+def test_a_model_whose_name_is_no_name_is_refused(path: str, tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(models.load(LLAMA).config))
+    words = ("slurm", "--sglang", "0.5.20", "--model", path, "--config", str(config), "--gpus", "1")
+    assert "the last part of a name is MODEL_NAME" in refusal(*words)
+
+
+def test_a_map_of_devices_needs_the_gpus_of_a_server_only(tmp_path: Path) -> None:
+    out = render(tmp_path / "recipe", *SLURM, "--ib-devices", '{"0": "mlx5_0"}')
+    assert """--disaggregation-ib-device '{"0": "mlx5_0"}'""" in (out / "settings.sh").read_text()

@@ -43,9 +43,17 @@ def test_its_parser_takes_the_command(command: str) -> None:
     assert plan.router.command[:3] == ("python3", "-m", "sglang_router.launch_router")
     args = parse_router_args(list(plan.router.command[3:]))
     args._validate_router_args()
-    assert args.pd_disaggregation and (args.host, args.port) == (plan.router.host, plan.router.port)
+    assert args.pd_disaggregation and args.port == plan.router.port
     assert args.prefill_urls == [(server.url, server.ports["bootstrap"]) for server in plan.of("prefill")]
     assert args.decode_urls == [server.url for server in plan.of("decode")]
+
+
+class Server(ThreadingHTTPServer):
+    """On an IPv4 or an IPv6 address."""
+
+    def __init__(self, host: str, handler: type[BaseHTTPRequestHandler]) -> None:
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        super().__init__((host, 0), handler)
 
 
 class Stand(BaseHTTPRequestHandler):
@@ -73,17 +81,28 @@ class Stand(BaseHTTPRequestHandler):
         pass
 
 
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
+def free_port(address: str) -> int:
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as one:
+        one.bind((address, 0))
         return int(one.getsockname()[1])
 
 
+@pytest.fixture(params=["127.0.0.1", "::1", "localhost"])
+def host(request: pytest.FixtureRequest) -> str:
+    """An address of each kind, and a name: the router itself takes addresses only."""
+    if ":" in request.param:
+        try:
+            free_port(request.param)
+        except OSError as error:
+            pytest.skip(f"this machine has no IPv6: {error}")
+    return str(request.param)
+
+
 @pytest.fixture
-def stands() -> Iterator[dict[str, ThreadingHTTPServer]]:
+def stands(host: str) -> Iterator[dict[str, ThreadingHTTPServer]]:
     servers = {}
     for role in ("prefill", "decode"):
-        servers[role] = ThreadingHTTPServer(("127.0.0.1", 0), type(role, (Stand,), {"seen": []}))
+        servers[role] = Server(host, type(role, (Stand,), {"seen": []}))
         threading.Thread(target=servers[role].serve_forever, daemon=True).start()
     yield servers
     for server in servers.values():
@@ -105,8 +124,11 @@ def start(plan: Plan, folder: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen(["bash", file], cwd=folder, env=environment, stdout=log, stderr=log)
 
 
-def test_a_request_reaches_both_servers(stands: dict[str, ThreadingHTTPServer], tmp_path: Path) -> None:
-    ports = f"--port {free_port()} --prefill-port {stands['prefill'].server_port} --bootstrap-port 8998"
+def test_a_request_reaches_both_servers(host: str, stands: dict[str, ThreadingHTTPServer], tmp_path: Path) -> None:
+    place = f"[{host}]" if ":" in host else host
+    ports = (
+        f"--host {place} --port {free_port(host)} --prefill-port {stands['prefill'].server_port} --bootstrap-port 8998"
+    )
     words = f"pd-single --sglang 0.5.20 --model Qwen/Qwen3-32B {ports} --decode-port {stands['decode'].server_port}"
     plan = plan_of(*shlex.split(words))
     (tmp_path / "check.sh").write_text(check_script(plan.checks))
@@ -122,5 +144,5 @@ def test_a_request_reaches_both_servers(stands: dict[str, ThreadingHTTPServer], 
     (prefill,), (decode,) = (stands[role].RequestHandlerClass.seen for role in ("prefill", "decode"))  # type: ignore[attr-defined]
     assert prefill["text"] == decode["text"] == "The capital of France is"
     for body in (prefill, decode):
-        assert (body["bootstrap_host"], body["bootstrap_port"]) == ("127.0.0.1", 8998)
+        assert (body["bootstrap_host"], body["bootstrap_port"]) == (place, 8998)
     assert prefill["bootstrap_room"] == decode["bootstrap_room"]

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # router: run on 192.0.2.9.
 set -euo pipefail
+ulimit -Sn hard
 exec python3 -m sglang_router.launch_router \
     --pd-disaggregation \
     --host 192.0.2.9 \

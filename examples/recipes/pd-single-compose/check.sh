@@ -4,7 +4,7 @@ set -euo pipefail
 deadline=$((SECONDS + ${1:-3600}))
 
 wait_for() { # what it shows, URL
-    until curl --silent --fail --max-time 10 --output /dev/null "$2"; do
+    until curl --noproxy '*' --silent --fail --max-time 10 --output /dev/null "$2"; do
         if ((SECONDS >= deadline)); then
             echo "still not so: $1 ($2)" >&2
             exit 1
@@ -16,7 +16,7 @@ wait_for() { # what it shows, URL
 
 ask() { # what it shows, URL, JSON
     local kind='Content-Type: application/json'
-    if ! curl --silent --show-error --fail --max-time 600 --header "$kind" --data "$3" "$2"; then
+    if ! curl --noproxy '*' --silent --show-error --fail --max-time 600 --header "$kind" --data "$3" "$2"; then
         echo "not so: $1 ($2)" >&2
         exit 1
     fi

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # router: run on 127.0.0.1.
 set -euo pipefail
+ulimit -Sn hard
 exec python3 -m sglang_router.launch_router \
     --pd-disaggregation \
     --host 127.0.0.1 \

@@ -8,6 +8,7 @@ PREFILL_PORT=30000 DECODE_PORT=30100 BOOTSTRAP_PORT=8998
 ROUTER_PORT=8000
 DEVICES=(--gpus all --device /dev/infiniband --cap-add IPC_LOCK)
 REQUIRES=()
+HUB=huggingface
 PROOF='{"text": "The capital of France is", "sampling_params": {"max_new_tokens": 8, "temperature": 0}}'
 
 set_model() {

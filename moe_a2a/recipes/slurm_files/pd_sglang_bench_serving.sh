@@ -33,15 +33,21 @@ log "$role NODE$rank on $(hostname), $ADDRESS; open files: $(ulimit -Sn) of at m
 
 set_model "$MODEL_NAME" || fail "MODEL_NAME=$MODEL_NAME is not one of ${MODELS[*]}"
 [[ -z ${MODEL_DIR:-} ]] || MODEL_PATH=$MODEL_DIR/$MODEL_NAME
-cache=${HF_HOME:-$HOME/.cache/huggingface}
+if [[ $HUB == modelscope ]]; then
+    cache=${MODELSCOPE_CACHE:-$HOME/.cache/modelscope}
+    model_access=(--env SGLANG_USE_MODELSCOPE=true) # the benchmark needs the tokenizer
+else
+    cache=${HF_HOME:-$HOME/.cache/huggingface}
+    model_access=(--env HF_TOKEN)
+fi
 if [[ $MODEL_PATH == *:* || $cache == *:* ]]; then
     fail "a folder with a colon cannot be given to a container: $MODEL_PATH, $cache"
 elif [[ $MODEL_PATH == /* ]]; then
     [[ -d $MODEL_PATH ]] || fail "no folder $MODEL_PATH on $(hostname): every node must have the model"
     model_access=(--volume "$MODEL_PATH:$MODEL_PATH:ro")
 else
-    mkdir -p "$cache" || fail "$cache cannot be made (HF_HOME)"
-    model_access=(--volume "$cache:/root/.cache/huggingface" --env HF_TOKEN)
+    mkdir -p "$cache" || fail "$cache, where models from $HUB are kept, cannot be made"
+    model_access+=(--volume "$cache:/root/.cache/$HUB")
 fi
 for tool in docker curl; do
     command -v "$tool" >/dev/null || fail "no $tool on $(hostname)"
@@ -76,13 +82,17 @@ running() {
 
 finish() {
     trap '' TERM INT
-    local name
-    for name in "${!started[@]}"; do
-        # Again and again: a container that is only being made cannot be stopped yet. 20 s: Slurm kills after 30.
-        while running "$name"; do
-            log "$name: stopping"
-            docker stop --time 20 "$(container_name "$name")" >/dev/null 2>&1 || sleep 1
+    local name left
+    # Again and again: a container that is only being made cannot be stopped yet.
+    while :; do
+        left=()
+        for name in "${!started[@]}"; do
+            running "$name" && left+=("$(container_name "$name")")
         done
+        ((${#left[@]} > 0)) || break
+        log "stopping ${left[*]}"
+        # All at once, and 20 s: Slurm kills what is there 30 s after it has said so.
+        docker stop -t 20 "${left[@]}" >/dev/null 2>&1 || sleep 1
     done
     log "ended"
 }
@@ -92,13 +102,16 @@ trap 'log "told to end"; exit 0' TERM INT
 
 # ended NAME LOG: fail with what a container that is gone said last.
 ended() {
+    local code
     wait "${started[$1]}"
-    fail "$1 ended with code $?; the end of $2: $(tail -n 3 "$job/$2" | tr '\n' ' ')"
+    code=$?
+    unset "started[$1]" # its number may be another process's soon
+    fail "$1 ended with code $code; the end of $2: $(tail -n 3 "$job/$2" | tr '\n' ' ')"
 }
 
 # healthy NAME URL [CONTAINER LOG]: wait for a 200, as long as this node's container lives.
 healthy() {
-    until curl --silent --fail --max-time 10 --output /dev/null "$2"; do
+    until curl --noproxy "*" --silent --fail --max-time 10 --output /dev/null "$2"; do
         [[ -z ${3:-} ]] || running "$3" || ended "$3" "$4"
         ((SECONDS < ${START_SECONDS:-3600})) || fail "$1 is not healthy after $SECONDS s ($2)"
         sleep 1
@@ -115,10 +128,10 @@ sys.exit(not all(map(find_spec, sys.argv[1:])))'
         start image "$file" -- python3 -c "$look" "${REQUIRES[@]}"
         wait "${started[image]}" || fail "$DOCKER_IMAGE_NAME is to have ${REQUIRES[*]}, and looking for it ended with code" \
             "$?: build it from this recipe's Dockerfile. $(tail -n 3 "$job/$file" | tr '\n' ' ')"
+        unset "started[image]"
     fi
     "${role}_command"
     start "$role" "$file" "${DEVICES[@]}" "${model_access[@]}" "${ENVIRONMENT[@]}" -- "${COMMAND[@]}"
-    wait "${started[$role]}"
     ended "$role" "$file"
 }
 
@@ -141,13 +154,12 @@ proxy() {
     start router "router_NODE$rank.log" -- "${COMMAND[@]}" "${workers[@]}"
     healthy router "http://$ADDRESS:$ROUTER_PORT/health" router "router_NODE$rank.log"
     log "a request goes the whole way:"
-    curl --silent --show-error --fail --max-time 600 --header 'Content-Type: application/json' --data "$PROOF" \
+    curl --noproxy "*" --silent --show-error --fail --max-time 600 --header 'Content-Type: application/json' --data "$PROOF" \
         "http://$ADDRESS:$ROUTER_PORT/generate" &
     wait $! || fail "the router did not answer the first request, see pd_sglang_bench_serving.sh_NODE$rank.log"
     echo
     if [[ ${SKIP_BENCHMARK:-0} == 1 ]]; then
         log "SKIP_BENCHMARK=1: serving until the job ends"
-        wait "${started[router]}"
         ended router "router_NODE$rank.log"
     fi
     sweep
