@@ -7,8 +7,8 @@ from a combine gave no sums, which is what ids of -1 say.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import secrets
+import socket
 import time
 from collections.abc import Callable, Collection
 from typing import Any
@@ -34,10 +34,23 @@ class Where:
     group: str
 
 
-@functools.cache
+_stores: list[str] = []
+
+
 def _store() -> str:
-    """One for all tests: to start one takes longer than a test. It ends some time after its last user."""
-    return start_store(idle_s=300.0)
+    """One for many tests: to start one takes longer than a test. It ends some time after its last user."""
+    if not _stores or not _answers(_stores[-1]):
+        _stores.append(start_store(idle_s=60.0))
+    return _stores[-1]
+
+
+def _answers(url: str) -> bool:
+    host, _, port = url.removeprefix("tcp://").rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except OSError:
+        return False
+    return True
 
 
 def new_group() -> Where:
