@@ -34,13 +34,13 @@ RUN apt-get update \\
         curl etcd-server ibverbs-providers ibverbs-utils libcurl4 libibverbs1 libnuma1 librdmacm1 rdma-core \\
     && rm -rf /var/lib/apt/lists/*
 
-COPY moe_a2a-*.whl /opt/wheels/
+COPY moe_a2a-*.whl /wheels/
 """
 
 # The image's torch stays; what else is missing comes from the index.
 _NVIDIA = """\
 RUN python3 -m pip freeze | grep --extended-regexp '^(torch|numpy|sglang)==' > /opt/constraints.txt \\
-    && wheel="$(echo /opt/wheels/moe_a2a-*.whl)" \\
+    && wheel="$(echo /wheels/moe_a2a-*.whl)" \\
     && python3 -m pip install --no-cache-dir --constraint /opt/constraints.txt \\
         "${{wheel}}[etcd]" "{router}" \\
     && python3 -c '{find}' mooncake moe_a2a sglang_router cuda.bindings \\
@@ -51,7 +51,7 @@ _AMD = """\
 # No torch of ours, and no experts: only the tools of moe-a2a. Its EP needs NVIDIA GPUs. The Transfer Engine must be the
 # base image's own, built for ROCm: the wheels of the index are for CUDA or for no GPU.
 # hadolint ignore=DL3013
-RUN wheel="$(echo /opt/wheels/moe_a2a-*.whl)" \\
+RUN wheel="$(echo /wheels/moe_a2a-*.whl)" \\
     && python3 -m pip install --no-cache-dir --no-deps "${{wheel}}" \\
     && python3 -m pip install --no-cache-dir "click>=8.1" "packaging>=23" "rich>=13.7" "{router}" \\
     && python3 -c '{find}' mooncake moe_a2a sglang_router \\
