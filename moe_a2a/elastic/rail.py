@@ -31,9 +31,6 @@ from moe_a2a.transport.wire import RECORD_BYTES, FloatArray, Kind, Record, Spot,
 #: Share of the time-out that a rank waits for a source: others wait for its sums.
 _SOURCE_SHARE = 0.8
 
-#: Share of the time-out that a source waits for the sums of a host to which it sent its rows a second time.
-_RESENT_SHARE = 0.1
-
 
 class ElasticRail:
     """Transport between this rank and the ranks of other hosts. peers: where they are; more may come."""
@@ -121,12 +118,7 @@ class ElasticRail:
         spots = self._sums.of(step, roll)
         if len(step.sent_to_host) < len(spots):
             spots = {place: spots[place] for place in step.sent_to_host}
-        began = time.monotonic()
-
-        def about(place: int) -> Awaited:
-            return self._sums_of(step, place, began)
-
-        found, _ = self._lookout.wait(step, spots, self._timeout, "combine", about)
+        found, _ = self._lookout.wait(step, spots, self._timeout, "combine", lambda place: self._sums_of(step, place))
         step.traffic.combine_announced = time.monotonic_ns()
         check_discarded(step, {roll.hosts[place][0]: record for place, (record, _) in found.items()}, discarded)
         sums = {}
@@ -141,7 +133,7 @@ class ElasticRail:
                 sums[(host[0], rail)] = Contribution(rows, first)
         return sums
 
-    def _sums_of(self, step: Step, place: int, began: float) -> Awaited:
+    def _sums_of(self, step: Step, place: int) -> Awaited:
         roll = roll_of(step)
         host = roll.hosts[place]
 
@@ -153,8 +145,6 @@ class ElasticRail:
             rail = roll.rails.get(place)
             if rail is None:  # it is still being delivered, unless nobody is left
                 return self._delivery.next_rail(step, host) is None
-            if place in roll.resent and time.monotonic() - began > _RESENT_SHARE * self._timeout:
-                return True  # see `blame`; the others wait for this rank, and would give it up
             return self._lookout.lost(roll, rail)
 
         return Awaited(host[0], gone, blame)
