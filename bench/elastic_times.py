@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from summary import summary
 
 from moe_a2a import AllToAll, Config, Elastic, Options
 from moe_a2a.membership.store_process import start_store
@@ -171,16 +172,10 @@ def losses(ranks: int, labels: list[str], tokens: int, kills: int, seed: int) ->
         process.join(10)
     return {
         "kills": kills,
-        "whole_again_ms": _summary(again),
-        "next_step_ms": _summary(following),
-        "joined_ms": _summary(joined),
+        "whole_again_ms": summary(again, digits=1),
+        "next_step_ms": summary(following, digits=1),
+        "joined_ms": summary(joined, digits=1),
     }
-
-
-def _summary(seconds: list[float]) -> dict[str, float]:
-    ordered = sorted(1e3 * s for s in seconds)
-    last = ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]
-    return {"p50": round(statistics.median(ordered), 1), "p99": round(last, 1), "max": round(ordered[-1], 1)}
 
 
 def main() -> None:

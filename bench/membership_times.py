@@ -15,11 +15,12 @@ import multiprocessing as mp
 import os
 import random
 import signal
-import statistics
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from summary import summary
 
 from moe_a2a.bootstrap import StoreBootstrap
 from moe_a2a.membership.group import found_group, join_group
@@ -161,19 +162,10 @@ def measure(ranks: int, hosts: int, kills: int, url: str, seed: int) -> dict[str
         "ranks": ranks,
         "hosts": hosts,
         "kills": kills,
-        "masked_ms": _summary(masked),
-        "known_ms": _summary(known),
-        "activated_ms": _summary(activated),
-        "killed_to_slot_taken_ms": _summary(rejoined),
-    }
-
-
-def _summary(seconds: list[float]) -> dict[str, float]:
-    ordered = sorted(1e3 * s for s in seconds)
-    return {
-        "p50": round(statistics.median(ordered), 2),
-        "p99": round(ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))], 2),
-        "max": round(ordered[-1], 2),
+        "masked_ms": summary(masked),
+        "known_ms": summary(known),
+        "activated_ms": summary(activated),
+        "killed_to_slot_taken_ms": summary(rejoined),
     }
 
 

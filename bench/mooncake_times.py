@@ -16,12 +16,13 @@ import multiprocessing as mp
 import os
 import random
 import signal
-import statistics
 import time
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from summary import summary
 
 WAIT_S = 60.0
 
@@ -168,17 +169,8 @@ def measure(world: int, hosts: int, kills: int, seed: int) -> dict[str, Any]:
             times["join_to_first"].append(first)
     finally:
         ranks.close()
-    found = {f"{name}_ms": _summary(seconds) for name, seconds in times.items() if seconds}
+    found = {f"{name}_ms": summary(seconds) for name, seconds in times.items() if seconds}
     return {"ranks": world, "hosts": hosts, "kills": kills, **found}
-
-
-def _summary(seconds: list[float]) -> dict[str, float]:
-    ordered = sorted(1e3 * s for s in seconds)
-    return {
-        "p50": round(statistics.median(ordered), 2),
-        "p99": round(ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))], 2),
-        "max": round(ordered[-1], 2),
-    }
 
 
 def main() -> None:

@@ -15,17 +15,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tarfile
-import threading
 import traceback
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import sglang_caches
 from sglang_load import ANSWER, PROMPT_LENGTHS, Clients, StreamFailed, body, prompt
-from sglang_process import Server, ServerFailed, make_site
+from sglang_process import Server, ServerFailed
 from sglang_report import middles
+from sglang_setup import add_arguments, pack_logs, prepare
 from sglang_variants import COMMON, environment
 
 _EP = ["--moe-a2a-backend", "mooncake", "--chunked-prefill-size", "8192"]
@@ -97,39 +95,15 @@ def measure(servers: dict[str, Server], options: argparse.Namespace) -> dict[str
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--state", type=Path, default=Path("/var/tmp/moe-a2a-sglang-pd"), help="for the model and logs")
-    parser.add_argument("--site", help="a folder with SGLang and sglang-router, for PYTHONPATH")
+    add_arguments(parser, state="/var/tmp/moe-a2a-sglang-pd", start_limit=240, port=25000, rounds=3)
     parser.add_argument("--mini-lb", action="store_true", help="the router's small balancer instead of the router")
-    parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--budget", type=float, default=560, help="seconds for everything")
-    parser.add_argument("--start-limit", type=float, default=240, help="seconds for a start, and for what compiles")
-    parser.add_argument("--stage-limit", type=float, default=60, help="seconds for one measurement")
-    parser.add_argument("--caches", type=Path, help="a folder with the parts that --save-caches wrote")
-    parser.add_argument("--port", type=int, default=25000, help="of the router; the others follow")
-    parser.add_argument("--requests", type=int, default=64)
-    parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--prompt-lengths", type=int, nargs="+", default=[16, 512])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--tolerance", type=float, default=0.1, help="of log-probabilities")
     return parser.parse_args()
 
 
 def main() -> int:
     options = arguments()
-    alarm = threading.Timer(options.budget - 10, Server.end_all)
-    alarm.daemon = True
-    alarm.start()
-    options.state.mkdir(parents=True, exist_ok=True)
-    options.out.mkdir(parents=True, exist_ok=True)
-    paths = [str(make_site(options.state / "site")), *([options.site] if options.site else [])]
-    model = options.state / f"model-{options.layers}"
-    if not (model / "model.safetensors").is_file():
-        import sglang_model  # imports torch, and the processes that send requests import this file
-
-        sglang_model.write(model, layers=options.layers)
-    if options.caches:
-        sglang_caches.restore(options.caches)
+    model, paths = prepare(options)
     results: dict[str, Any] = {"layers": options.layers, "router": "mini-lb" if options.mini_lb else "sglang-router"}
     with ExitStack() as stack:
         try:
@@ -145,9 +119,7 @@ def main() -> int:
             for server in list(Server.running):
                 results["failed"] += f"\n\n{server.log.name}:\n{server.tail(3000)}"
     (options.out / "results.json").write_text(json.dumps(results, indent=1))
-    with tarfile.open(options.out / "logs.tar.gz", "w:gz") as tar:
-        for log in sorted(options.state.glob("*.log")):
-            tar.add(log, log.name)
+    pack_logs(options)
     print(json.dumps(results, indent=1)[:12000])
     return 0 if "failed" not in results and results["greedy"]["agrees"] else 1
 

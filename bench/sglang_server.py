@@ -31,8 +31,6 @@ import argparse
 import json
 import signal
 import sys
-import tarfile
-import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -43,8 +41,9 @@ from typing import Any
 
 import sglang_caches
 from sglang_load import Clients, StreamFailed, answers, crowd
-from sglang_process import Server, ServerFailed, make_site
+from sglang_process import Server, ServerFailed
 from sglang_report import COMPARED, report
+from sglang_setup import add_arguments, pack_logs, prepare
 from sglang_variants import VARIANTS, environment, flags, is_exact, plugin_of
 
 _FAILURES = (ServerFailed, StreamFailed, OSError, LookupError, ValueError)
@@ -92,16 +91,14 @@ class Run:
         return True
 
 
-def run_all(
-    options: argparse.Namespace, state: Path, model: Path, paths: list[str], end: float
-) -> dict[str, dict[str, Any]]:
+def run_all(options: argparse.Namespace, model: Path, paths: list[str], end: float) -> dict[str, dict[str, Any]]:
     with ExitStack() as stack:
         clients = stack.enter_context(Clients(options.requests))
         runs = []
         for number, variant in enumerate(options.variants):
             command = [*flags(variant, str(model)), *options.server_flags]
             port = options.port + 200 * number
-            server = Server(command, environment(variant, paths), state / f"{variant}.log", port)
+            server = Server(command, environment(variant, paths), options.state / f"{variant}.log", port)
             runs.append(Run(variant, stack.enter_context(server), end))
         with ThreadPoolExecutor(len(runs)) as pool:
             list(pool.map(lambda run: compare(run, options), runs))
@@ -164,36 +161,22 @@ def _timed(call: Callable[[], Any]) -> float:
     return time.monotonic() - begin
 
 
-def write(out: Path, state: Path, results: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
-    out.mkdir(parents=True, exist_ok=True)
+def write(results: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    out: Path = options.out
     summary = {"layers": options.layers, **report(results, options.tolerance)}
     (out / "results.json").write_text(json.dumps(summary, indent=1))
     (out / "answers.json").write_text(json.dumps({v: {p: f.get(p) for p in COMPARED} for v, f in results.items()}))
-    with tarfile.open(out / "logs.tar.gz", "w:gz") as tar:
-        for log in sorted(state.glob("*.log")):
-            tar.add(log, log.name)
+    pack_logs(options)
     return summary
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--state", type=Path, default=Path("/var/tmp/moe-a2a-sglang"), help="for the model and logs")
-    parser.add_argument("--site", help="a folder with SGLang, for PYTHONPATH")
+    add_arguments(parser, state="/var/tmp/moe-a2a-sglang", start_limit=300, port=31000, rounds=5)
     parser.add_argument("--variants", default="moe-a2a,oracle,upstream,none", type=lambda text: text.split(","))
-    parser.add_argument("--layers", type=int, default=3, help="of the model; the first one has no experts")
-    parser.add_argument("--budget", type=float, default=560, help="seconds for everything")
-    parser.add_argument("--start-limit", type=float, default=300, help="seconds for a start, and for what compiles")
-    parser.add_argument("--stage-limit", type=float, default=60, help="seconds for one measurement")
-    parser.add_argument("--caches", type=Path, help="a folder with the parts that --save-caches wrote")
     parser.add_argument("--save-caches", action="store_true")
-    parser.add_argument("--port", type=int, default=31000, help="of the first server; the next ones follow")
-    parser.add_argument("--requests", type=int, default=64)
-    parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--prompt-tokens", type=int, default=2048)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tolerance", type=float, default=0.1, help="of log-probabilities")
     parser.add_argument("server_flags", nargs="*", help="more flags for every server, after --")
     options = parser.parse_args()
     unknown = [name for name in options.variants if name not in VARIANTS]
@@ -205,23 +188,10 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     options = arguments()
     end = time.monotonic() + options.budget - 15  # to end servers and write results
-    # For what no limit of a stage ends: the servers go, and every request with them.
-    alarm = threading.Timer(options.budget - 10, Server.end_all)
-    alarm.daemon = True
-    alarm.start()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    state: Path = options.state
-    state.mkdir(parents=True, exist_ok=True)
-    paths = [str(make_site(state / "site")), *([options.site] if options.site else [])]
-    model = state / f"model-{options.layers}"
-    if not (model / "model.safetensors").is_file():
-        import sglang_model  # imports torch, and the processes that send requests import this file
-
-        sglang_model.write(model, layers=options.layers)
-    if options.caches:
-        sglang_caches.restore(options.caches)
-    results = run_all(options, state, model, paths, end)
-    summary = write(options.out, state, results, options)
+    model, paths = prepare(options)
+    results = run_all(options, model, paths, end)
+    summary = write(results, options)
     if options.save_caches:
         sglang_caches.save(options.out)
     print(json.dumps(summary, indent=1)[:20000])
