@@ -68,6 +68,7 @@ class Roll:
     epochs: `reachable` of the others, as they announced it. holders: source of another host -> rank of this host in
         whose region its rows lie. rails: host (place in `hosts`) -> the rank there that has this rank's rows.
     resent: hosts to which they went a second time, because the first rank there was lost.
+    finished: when this step began, this rank had finished all steps of the channel up to this one.
     reading: rank -> the record that announced what is being read of it, at dispatch and then at combine.
     """
 
@@ -85,6 +86,7 @@ class Roll:
     holders: dict[int, int] = field(default_factory=dict)
     rails: dict[int, int] = field(default_factory=dict)
     resent: set[int] = field(default_factory=set)
+    finished: int = 0
     reading: dict[int, Spot] = field(default_factory=dict)
 
 

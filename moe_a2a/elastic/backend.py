@@ -94,6 +94,7 @@ class ElasticBackend(CpuBackend):
         if self._held_for and number > self._hold[channel]:
             self._wait_for_activation()
         roll = self._group.lookout.roll(channel, number)
+        roll.finished = min((step.number for step in self._open[channel]), default=number) - 1
         self._find_way(roll)
         return roll
 

@@ -151,9 +151,10 @@ class Lookout:
         """Strike those that, by a newer view, left in order before this step."""
         roll = step.roll
         assert roll is not None
-        if self._page.epoch == roll.epoch:
+        view = self._member.view
+        if view.epoch == roll.epoch:
             return
-        slots = self._member.view.slots
+        slots = view.slots
         for rank, incarnation in roll.incarnations.items():
             slot = slots[rank]
             if slot.incarnation == incarnation and slot.last and slot.last[step.channel] <= step.number:

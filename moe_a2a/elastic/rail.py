@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -72,7 +73,7 @@ class ElasticRail:
             step.sent_to_host[place] = rows
             start = arena.tables(step, len(rows)).tokens
             nbytes = len(rows) * arena.row_bytes(step.row_format) - start if len(rows) else 0
-            record = arena.record(step, Kind.DISPATCH, len(rows), nbytes=nbytes)
+            record = arena.record(step, Kind.DISPATCH, len(rows), nbytes=nbytes, mask=roll.finished)
             self._begin(step, self._delivery.bring_rows(step, place, first, record, at, start))
 
     def recv_dispatch(self, step: Step) -> list[Arrival]:
@@ -145,7 +146,7 @@ class ElasticRail:
             rail = roll.rails.get(place)
             if rail is None:  # it is still being delivered, unless nobody is left
                 return self._delivery.next_rail(step, host) is None
-            return self._lookout.lost(roll, rail)
+            return self._lookout.lost(roll, rail) or self._has_finished(step, rail)
 
         return Awaited(host[0], gone, blame)
 
@@ -242,6 +243,13 @@ class ElasticRail:
         own = next(spot for spot in self._rows.of(step, roll)[source] if spot.owner == self._arena.rank)
         return self._lookout.lost(roll, holder) and own.poll(step.number) is not None
 
+    def _has_finished(self, step: Step, rank: int) -> bool:
+        """Whether a rank of another host has dispatched the next step and finished this one before: what has not come
+        from it by now never will, because it took somebody else for the one who has to send it."""
+        later = replace(step, number=step.number + 1)
+        found = [spot.poll(later.number) for spot in self._rows.of(later, roll_of(step))[rank]]
+        return any(record is not None and record.finished >= step.number for record in found)
+
     def _from_sources(
         self, step: Step, spots: Mapping[int, Sequence[Spot]], what: str
     ) -> dict[int, tuple[Record, Spot]]:
@@ -249,7 +257,9 @@ class ElasticRail:
         roll = roll_of(step)
 
         def about(source: int) -> Awaited:
-            return Awaited(source, lambda: self._lookout.lost(roll, source), lambda: source)
+            return Awaited(
+                source, lambda: self._lookout.lost(roll, source) or self._has_finished(step, source), lambda: source
+            )
 
         if not roll.missing.isdisjoint(roll.here):  # then the likeliest place is with somebody else
             spots = {key: sorted(there, key=lambda spot: spot.owner in roll.missing) for key, there in spots.items()}

@@ -49,7 +49,7 @@ class Record(NamedTuple):
     """One announcement. rows: rows that lie in the announced place; tokens: T of the source in this step;
     format: `RowFormat` code; missing: the rank that a FAULT is about; nbytes: bytes of the data write; epoch: of the
     newest view whose ranks the sender can reach; mask: a bit for each rank whose rows took part, in announcements of
-    sums of elastic groups."""
+    sums of elastic groups; in their announcements of rows, `finished`."""
 
     kind: Kind
     step: int
@@ -62,6 +62,11 @@ class Record(NamedTuple):
     nbytes: int = 0
     epoch: int = 0
     mask: int = 0
+
+    @property
+    def finished(self) -> int:
+        """Of an announcement of rows: the step up to which its sender had finished all steps of the channel."""
+        return self.mask
 
     def pack(self) -> bytes:
         head = _RECORD.pack(

@@ -31,7 +31,7 @@ class Mirror:
         self._acknowledged: set[int] = set()  # incarnations
         self._lock = threading.Lock()
         self._written: tuple[int, ...] = ()
-        self._epoch = -1
+        self._epoch = self._sequence = -1
         self._member: Member | None = None
         self._stream: Any = torch.cuda.Stream(tensor.device) if tensor.is_cuda else None  # type: ignore[no-untyped-call]
 
@@ -43,7 +43,8 @@ class Mirror:
     def follow(self, member: Member) -> None:
         """Show the views of this member from now on, until it is closed or another one is followed."""
         with self._lock:
-            self._member, self._epoch = member, -1
+            self._member = member
+            self._epoch = self._sequence = -1
             self._acknowledged = _failed(member.view)
         self.refresh()
         threading.Thread(target=self._run, args=(member,), name="moe_a2a-active_ranks", daemon=True).start()
@@ -53,20 +54,23 @@ class Mirror:
         with self._lock:
             if self._member is not None:
                 self._acknowledged |= _failed(self._member.view)
-                self._epoch = -1
+                self._epoch = self._sequence = -1
         self.refresh()
 
     def refresh(self) -> None:
         """Show the newest view; the thread may not have seen it yet. Costs a look at a word if there is none."""
         member = self._member
-        if member is None or member.page.epoch <= self._epoch:
+        # The sequence changes before the words that waits look at; the epoch after them.
+        if member is None or member.page.sequence == self._sequence:
             return
         with self._lock:
             if self._member is not None:
+                sequence = self._member.page.sequence
                 view = self._member.view
                 if view.epoch > self._epoch:
                     self._write([self._counts(slot) for slot in view.slots])
-                    self._epoch = view.epoch  # last: whoever sees it does not wait for the lock
+                    self._epoch = view.epoch
+                self._sequence = sequence  # last: whoever sees it does not wait for the lock
 
     def _counts(self, slot: Slot) -> bool:
         if slot.takes_part or self._on_failure == "reconcile":
