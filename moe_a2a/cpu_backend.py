@@ -347,9 +347,8 @@ class CpuBackend:
     def _finish(self, step: Step) -> None:
         # The rail peer's sums for others are this rank's duty too: the step has not ended before they are delivered.
         if step.tasks:
-            sources = [a.rank for a in step.arrivals if a.rank not in self._arena.peers]
             try:
-                wait_tasks(step.tasks, self.options.timeout_s, self._meeting.watch, f"combine of {step}", sources)
+                wait_tasks(step.tasks, self.options.timeout_s, self._meeting.watch, f"combine of {step}")
             except MoeA2AError as error:
                 self._break(error)
                 raise

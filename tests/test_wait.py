@@ -255,13 +255,14 @@ def test_an_own_transfer_that_fails_ends_the_wait(memory, progress):
 
 def test_transfers_that_do_not_end_are_given_up_after_their_time(memory, progress):
     watch = Watch(memory, (4, 6, 8), 4, progress)
-    transfer = Transfer(10**9)
-    task = progress.start(transfer.run())
+    transfers = {2: Transfer(10**9), 3: Transfer(5), 5: Transfer(10**9)}
+    tasks = [progress.start(transfer.run(), rank) for rank, transfer in transfers.items()]
     started = time.monotonic()
-    with pytest.raises(RankLost, match=r"ranks 2, 3 did not end within 0\.2 s") as caught:
-        wait_tasks([task], 0.2, watch, "combine", [2, 3])
-    assert caught.value.ranks == (2, 3) and time.monotonic() - started < 2
-    transfer.stretches = 0
+    with pytest.raises(RankLost, match=r"ranks 2, 5 did not end within 0\.2 s") as caught:
+        wait_tasks(tasks, 0.2, watch, "combine")
+    assert caught.value.ranks == (2, 5) and time.monotonic() - started < 2
+    for transfer in transfers.values():
+        transfer.stretches = 0
     watch.close()
 
 

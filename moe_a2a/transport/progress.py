@@ -11,16 +11,19 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 
+from moe_a2a.transport.wire import NO_RANK
+
 #: Pause between two looks at the tasks while nobody waits, and before the first: a caller that sends and then waits
 #: drives them itself.
 _THREAD_NAP_S = 150e-6
 
 
 class Task:
-    """A transfer in progress. `error` is set if it failed; `done` once it ended either way."""
+    """A transfer in progress. `error` is set if it failed; `done` once it ended either way. to: the rank that it is
+    for, if that is settled."""
 
-    def __init__(self, run: Generator[None, None, None]) -> None:
-        self._run = run
+    def __init__(self, run: Generator[None, None, None], to: int) -> None:
+        self._run, self.to = run, to
         self.done = False
         self.error: BaseException | None = None
 
@@ -49,9 +52,9 @@ class Progress:
         self._thread = threading.Thread(target=self._loop, name="moe_a2a-progress", daemon=True)
         self._thread.start()
 
-    def start(self, run: Generator[None, None, None]) -> Task:
+    def start(self, run: Generator[None, None, None], to: int = NO_RANK) -> Task:
         """Begin a task: its first stretch runs here, so that a transfer is posted at once."""
-        task = Task(run)
+        task = Task(run, to)
         if task.advance():
             if task.error is not None:
                 raise task.error

@@ -121,7 +121,7 @@ class RailTransport:
         self._arena.announce(step, Kind.PARTIALS_AWAY, Status.DISCARDED if discarded else Status.OK)
         arrivals = {arrival.rank: arrival for arrival in step.arrivals}
         for source in self._railed:
-            step.tasks.append(self._progress.start(self._reduce(step, arrivals[source])))
+            step.tasks.append(self._progress.start(self._reduce(step, arrivals[source]), source))
 
     def recv_combine(self, step: Step, discarded: bool = False) -> dict[SumOrder, Contribution]:
         arena, block = self._arena, self._arena.block(step)
@@ -220,7 +220,7 @@ class RailTransport:
         return self._layouts[host].blocks[step.channel][step.parity].source_slots[self._arena.rank]
 
     def _start(self, step: Step, peer: int, record: Record, slot: Slot, mirror: Slot, at: int, start: int) -> None:
-        step.tasks.append(self._progress.start(self._transfer(step, peer, record, slot, mirror, at, start)))
+        step.tasks.append(self._progress.start(self._transfer(step, peer, record, slot, mirror, at, start), peer))
 
     def _transfer(
         self, step: Step, peer: int, record: Record, slot: Slot, mirror: Slot, at: int, start: int

@@ -158,8 +158,9 @@ def wait_for(
                     raise out_of_time(what, list(pending), budget_s, watch)
 
 
-def wait_tasks(tasks: Collection[Task], budget_s: float, watch: Watch, what: str, ranks: Collection[int]) -> None:
-    """Drive own transfers to their end. Raises RankLost naming `ranks` after the budget."""
+def wait_tasks(tasks: Collection[Task], budget_s: float, watch: Watch, what: str) -> None:
+    """Drive own transfers to their end. After the budget, raises RankLost naming the ranks that those at hand are
+    for."""
     started = time.monotonic()
     pause = Pause()
     with watch.driving() as drive:
@@ -169,7 +170,8 @@ def wait_tasks(tasks: Collection[Task], budget_s: float, watch: Watch, what: str
                 continue
             pause.rest()
             if time.monotonic() - started > budget_s:
-                raise RankLost(f"{what}: transfers to {named(ranks)} did not end within {budget_s:g} s", list(ranks))
+                ranks = sorted({task.to for task in tasks if not task.done})
+                raise RankLost(f"{what}: transfers to {named(ranks)} did not end within {budget_s:g} s", ranks)
 
 
 def out_of_time(what: str, missing: list[int], budget_s: float, watch: Watch) -> RankLost:
