@@ -18,7 +18,7 @@ from ranks import Ctx, run_ranks
 from moe_a2a import AllToAll, Elastic, Options
 from moe_a2a.chaos import steps
 from moe_a2a.chaos.command import chaos
-from moe_a2a.chaos.events import CUTS, KINDS, POINTS, draw
+from moe_a2a.chaos.events import CUTS, KINDS, MOVES, POINTS, draw
 from moe_a2a.chaos.network import Network, inside, why_not
 from moe_a2a.chaos.tally import Tally
 from moe_a2a.cli import main
@@ -51,6 +51,16 @@ def test_a_group_gets_over_whatever_is_lost_and_a_run_goes_on_from_its_file(tmp_
     drawn = [draw(1, number, 4, 2).kind for number in range(6 + sum(found["skipped"].values()))]
     assert Counter(drawn) == Counter(found["counts"]) + Counter(found["skipped"])
     assert not set(found["skipped"]) - set(CUTS) and (NO_NETWORK or not found["skipped"])
+
+
+def test_a_process_group_gets_over_the_same(tmp_path: Path) -> None:
+    figures = tmp_path / "chaos.json"
+    done = run("--make=collectives", "--ranks=4", "--hosts=2", "--kills=5", "--seed=3", "--json", str(figures))
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(figures.read_text())
+    assert found["makes"] == "collectives" and found["events"] == 5 and not any(found["faults"].values())
+    assert found["steps_checked"] > 100 and found["rows_checked"] > 4 * found["steps_checked"]
+    assert not set(found["points"]) & set(MOVES)
 
 
 @pytest.mark.skipif(bool(NO_NETWORK), reason=NO_NETWORK)

@@ -14,7 +14,7 @@ from elastic_steps import CASE, Made, Where, elastic_a2a, new_group, serve
 from ranks import Ctx, run_ranks
 from steps import Case
 
-from moe_a2a import AllToAll
+from moe_a2a import AllToAll, ExcludedFromView
 from moe_a2a.transport.wire import Kind, Record
 
 TIMEOUT_S = 10.0
@@ -71,3 +71,27 @@ def test_nobody_waits_for_what_nobody_will_send(tmp_path, case, kind, delivered)
         assert {len(step.members) for step in results[rank]} == {4, 3}, "somebody else was excluded"
         assert max(step.seconds for step in results[rank]) < 0.5 * TIMEOUT_S
         assert VICTIM in results[rank][STEP - 1].missing
+
+
+def _no_way_back(ctx: Ctx, where: Where) -> list[Made]:
+    with elastic_a2a(ctx, where, ctx.world, timeout_s=TIMEOUT_S) as a2a:
+        others = [rank for rank in range(ctx.world) if rank != VICTIM]
+
+        def before(number: int, move: str) -> None:
+            if ctx.rank == SOURCE and (number, move) == (STEP, "send_back"):
+                group = a2a._backend._group
+                del group.rail._delivery._peers[VICTIM]
+                group.lookout.accuse(group.lookout.roll(0, STEP), VICTIM, "there was no way to it")
+
+        if ctx.rank == VICTIM:
+            with pytest.raises(ExcludedFromView, match="there was no way to it"):
+                serve(ctx, a2a, lambda step: False, before)
+            return []
+        return serve(ctx, a2a, lambda step: step.members == others and not step.missing, before)
+
+
+def test_rows_of_a_rank_to_which_there_is_no_way_back_break_nothing():
+    results = run_ranks(_no_way_back, 4, new_group(), hosts=2)
+    for rank in (SOURCE, 1, MATE):
+        assert results[rank][-1].members == [SOURCE, 1, MATE]
+        assert max(step.seconds for step in results[rank]) < 0.5 * TIMEOUT_S

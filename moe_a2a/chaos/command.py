@@ -17,10 +17,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from moe_a2a.chaos.director import Director
+from moe_a2a.chaos.director import Director, repeat
 from moe_a2a.chaos.events import CUTS, KINDS, draw, fits
 from moe_a2a.chaos.group import Group
 from moe_a2a.chaos.network import Network, why_not
+from moe_a2a.chaos.rank import MAKERS
 from moe_a2a.chaos.steps import Workload
 from moe_a2a.chaos.tally import Tally
 from moe_a2a.errors import ConfigError
@@ -40,6 +41,14 @@ def _kinds(context: click.Context, parameter: click.Parameter, value: str | None
 @click.option("--ranks", type=click.IntRange(2, 64), default=8, show_default=True, help="Ranks of the group.")
 @click.option("--hosts", type=click.IntRange(1), default=4, show_default=True, help="Hosts that they are on.")
 @click.option("--kills", type=click.IntRange(1), default=50, show_default=True, help="Events in all.")
+@click.option(
+    "--make",
+    "makes",
+    type=click.Choice(list(MAKERS)),
+    default="steps",
+    show_default=True,
+    help="What ranks make all the time: dispatch and combine, or collectives of a process group.",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="What happens follows from it.")
 @click.option("--first", type=click.IntRange(0), default=0, show_default=True, help="Number of the first event.")
 @click.option(
@@ -67,6 +76,7 @@ def chaos(
     ranks: int,
     hosts: int,
     kills: int,
+    makes: str,
     seed: int,
     first: int,
     only: tuple[str, ...],
@@ -91,7 +101,8 @@ def chaos(
         if not set(only) - set(CUTS):
             raise click.UsageError(f"--only {','.join(only)}: {reason}")
         console.print(f"hosts are played by labels, partitions are skipped: {reason}")
-    given = {"seed": seed, "ranks": ranks, "hosts": hosts, "timeout_s": timeout, "kinds": list(only), "first": first}
+    given = {"makes": makes, "seed": seed, "ranks": ranks, "hosts": hosts, "timeout_s": timeout, "first": first}
+    given["kinds"] = list(only)
     try:
         tally = Tally.load(resume, given) if resume and resume.exists() else Tally(given, drawn=first)
     except ConfigError as error:
@@ -103,7 +114,7 @@ def chaos(
     if json_path:
         json_path.write_text(json.dumps(summary, indent=2) + "\n")
     for kind, number, _ in tally.faults:
-        console.print(f"wrong ({kind}) in event {number}: --seed {seed} --first {number} --kills 1")
+        console.print(f"wrong ({kind}) in event {number}: {repeat(given, number)}")
     if tally.faults:
         raise SystemExit(1)
 
@@ -115,7 +126,7 @@ def _run(tally: Tally, kills: int, reason: str, resume: Path | None, console: Co
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     network = None if reason else Network(hosts)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # which lets go of everything below
-    make = partial(Group, Workload(ranks, given["seed"]), hosts, given["timeout_s"], network)
+    make = partial(Group, Workload(ranks, given["seed"]), given["makes"], hosts, given["timeout_s"], network)
     director = Director(make, network, tally, console.print)
     shown = Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal)
     try:
@@ -127,9 +138,9 @@ def _run(tally: Tally, kills: int, reason: str, resume: Path | None, console: Co
                 tally.drawn += 1
                 if event.kind in CUTS and network is None:
                     tally.count(tally.skipped, event.kind)
-                    console.print(f"{event}: skipped, {reason}")
+                    console.print(f"{event.describe(given['makes'])}: skipped, {reason}")
                     continue
-                shown.update(task, description=str(event))
+                shown.update(task, description=event.describe(given["makes"]))
                 director.carry_out(event)
                 tally.events += 1
                 tally.seconds += time.monotonic() - started

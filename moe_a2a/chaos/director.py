@@ -6,8 +6,9 @@ import os
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from moe_a2a.chaos import board as b
 from moe_a2a.chaos.events import MOVES, Event
@@ -16,6 +17,11 @@ from moe_a2a.chaos.network import Network
 from moe_a2a.chaos.tally import Tally
 
 _MARGIN_S = 20.0
+
+
+def repeat(given: Mapping[str, Any], number: int) -> str:
+    """The options that repeat an event. given: what the run was asked for."""
+    return f"--make {given['makes']} --seed {given['seed']} --first {number} --kills 1"
 
 
 class Director:
@@ -28,6 +34,7 @@ class Director:
         self._faults = 0
         self._group: Group | None = None
         self._checked = (0, 0)
+        self._makes = tally.given["makes"]
 
     # life
 
@@ -60,12 +67,12 @@ class Director:
         tally = self._tally
         tally.count(tally.counts, event.kind)
         for rank in event.ranks:
-            tally.count(tally.points, event.point)
+            tally.count(tally.points, event.where(self._makes))
             tally.count(tally.victims, f"rank {rank}")
-        self._say(f"{event}: {', '.join(self._marks)}")
+        self._say(f"{event.describe(self._makes)}: {', '.join(self._marks)}")
         if len(tally.faults) > before:
             self._keep_stacks()
-            self._say(f"    repeat it with --seed {tally.given['seed']} --first {event.number} --kills 1")
+            self._say(f"    repeat it with {repeat(tally.given, event.number)}")
             self.close(kindly=False)
 
     def _keep_stacks(self) -> None:
@@ -77,7 +84,7 @@ class Director:
 
     def _wrong(self, kind: str, text: str) -> None:
         self._tally.faults.append((kind, self._event.number, text))
-        self._say(f"    WRONG ({kind}) in event {self._event}: {text}")
+        self._say(f"    WRONG ({kind}) in event {self._event.describe(self._makes)}: {text}")
 
     def _note(self, text: str) -> None:
         self._say(f"    {text}")

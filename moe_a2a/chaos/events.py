@@ -10,6 +10,8 @@ from dataclasses import dataclass
 #: process joins.
 MOVES = ("dispatch", "dispatch sent", "received", "combine sent", "step ended")
 POINTS = (*MOVES, "anywhere", "idle", "join")
+#: What MOVES are called where ranks make collectives.
+_COLLECTIVE_MOVES = ("first collective", "first begun", "first ended", "others begun", "step ended")
 
 #: Kind of event -> how often it is drawn.
 _WEIGHTS = {
@@ -52,9 +54,15 @@ class Event:
     silent: bool = False
     new: bool = False
 
-    def __str__(self) -> str:
+    def where(self, makes: str) -> str:
+        """The point, as it is called where ranks make this (rank.MAKERS)."""
+        if makes == "collectives" and self.point in MOVES:
+            return _COLLECTIVE_MOVES[MOVES.index(self.point)]
+        return self.point
+
+    def describe(self, makes: str) -> str:
         who = [f"rank {rank}" for rank in self.ranks] + [f"host {host}" for host in self.hosts]
-        where = f" at {self.point}" if self.ranks else ""
+        where = f" at {self.where(makes)}" if self.ranks else ""
         return f"{self.number}: {self.kind}{' of ' if who else ''}{' and '.join(who)}{where}"
 
 

@@ -21,14 +21,14 @@ from torch.distributed import TCPStore
 
 from moe_a2a.chaos import board as b
 from moe_a2a.chaos.network import Network, inside
-from moe_a2a.chaos.rank import Place, Run, log_file, serve
+from moe_a2a.chaos.rank import MAKERS, Place, Run, log_file, serve
 from moe_a2a.chaos.steps import Workload
 from moe_a2a.membership.store import split_url
 from moe_a2a.membership.store_process import start_store
 
 #: Ranks are forked from a process that has loaded everything and done nothing.
 _server = mp.get_context("forkserver")
-_server.set_forkserver_preload(["torch", "torch.distributed", "moe_a2a.chaos.rank", "moe_a2a.elastic.group"])
+_server.set_forkserver_preload(["torch", "torch.distributed", *MAKERS.values(), "moe_a2a.elastic.group"])
 _TICK_S = 0.005
 _LONGEST_END_S = 8.0
 _MOST_NOTES, _MOST_LOG = 200, 6000
@@ -80,13 +80,15 @@ class Live:
 
 
 class Group:
-    """One group from its founding on. wrong: takes what must not be, as (kind, text); note: what is worth saying."""
+    """One group from its founding on. makes: what its ranks make (rank.MAKERS). wrong: takes what must not be, as
+    (kind, text); note: what is worth saying."""
 
     _names = itertools.count()
 
     def __init__(
         self,
         load: Workload,
+        makes: str,
         hosts: int,
         timeout_s: float,
         network: Network | None,
@@ -111,6 +113,7 @@ class Group:
             self._meeting = f"tcp://127.0.0.1:{self._meeting_store.port}"
         self.run = Run(
             load,
+            makes,
             f"chaos-{os.getpid()}-{next(self._names)}-{secrets.token_hex(3)}",
             timeout_s,
             max(20.0, 5 * timeout_s),

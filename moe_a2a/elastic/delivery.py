@@ -117,7 +117,9 @@ class Delivery:
     def _write(self, roll: Roll, peer: int, source: int, target: int, nbytes: int) -> Generator[None, None, bool]:
         """One engine write to an offset of a peer's region, until it is applied there. False if the peer is lost; one
         that cannot be written to is accused."""
-        remote = self._peers[peer]
+        remote = self._peers.get(peer)
+        if remote is None:  # it came to its slot while this rank could not reach it, and has been accused
+            return False
         started = checked = time.monotonic()
         try:
             batch = self._engine.submit_write(remote.engine, source, remote.address + target, nbytes)
