@@ -9,6 +9,7 @@ import hashlib
 import importlib
 import os
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -31,6 +32,7 @@ from moe_a2a.membership.member import Member
 from moe_a2a.membership.wire import encode_view
 
 _NAP_S = 2e-3
+_LOOK_S = 0.1
 _AGAIN_S = 0.05
 _RETRIES_S = 60.0
 _SLOW_SHARE = 0.7
@@ -67,6 +69,7 @@ def serve(pipe: Connection, run: Run, rank: int, place: Place, joins: bool) -> N
     torch.set_num_threads(1)
     log = os.open(log_file(run, rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 2)  # the engine and torch say much when peers go
+    faulthandler.enable(2)
     faulthandler.register(signal.SIGUSR1, 2, all_threads=True)
     if place.namespace:
         enter(place.namespace)
@@ -104,6 +107,7 @@ class Rank(ABC):
         self._row[b.OWNER] = os.getpid()
         self._members: tuple[int, ...] = ()
         self._leaving = False
+        self._began = float("inf")
 
     # of its steps
 
@@ -149,15 +153,16 @@ class Rank(ABC):
             self.found()
         self._watch()
         self._tell("in", self.member.options.store if self.member else "")
+        threading.Thread(target=self._say_what_is_slow, daemon=True).start()
         came: float | None = started if joins else None
         while not self._board.ended:
             try:
                 if self.next > self._board.last:
                     time.sleep(_NAP_S)
                     continue
-                faulthandler.dump_traceback_later(_SLOW_SHARE * self.run.timeout_s)  # what it hangs on, if it does
+                self._began = time.monotonic()
                 self.make_steps()
-                faulthandler.cancel_dump_traceback_later()
+                self._began = float("inf")
                 if came is not None:
                     self._tell("came", time.monotonic() - came)
                     came = None
@@ -187,6 +192,18 @@ class Rank(ABC):
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(_AGAIN_S)
+
+    def _say_what_is_slow(self) -> None:
+        """Write down the stacks of a step that may hang. (Not by faulthandler's timer: it reads the stacks of threads
+        that go on meanwhile, and has crashed a rank.)"""
+        said = 0.0
+        while True:
+            time.sleep(_LOOK_S)
+            began = self._began
+            if began != said and time.monotonic() - began > _SLOW_SHARE * self.run.timeout_s:
+                said = began
+                for frame in sys._current_frames().values():
+                    sys.stderr.write("slow:\n" + "".join(traceback.format_stack(frame)))
 
     # steps
 
