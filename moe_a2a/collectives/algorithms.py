@@ -74,7 +74,7 @@ def all_reduce(call: Call, tensor: torch.Tensor, kind: Reduction) -> Steps:
         yield from call.see()
         for rank, (a, b) in shares.items():
             part[a:b].copy_(call.part(rank, call.second + a * size, b - a, dtype))
-        call.confirm()
+        call.confirm(second=True)
 
 
 def _all_reduce_small(call: Call, part: torch.Tensor, kind: Reduction) -> Steps:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,11 +19,17 @@ import torch
 from moe_a2a.collectives.base import Base
 from moe_a2a.collectives.region import ENTRY_WORDS, STATUS_WORDS, WORD
 from moe_a2a.collectives.roster import Roll, Roster
+from moe_a2a.collectives.signature import SETTLED
 from moe_a2a.errors import EngineError
 
 Steps = Generator[None, None, None]
 Words = npt.NDArray[np.uint64]
+#: Bits of an entry's first word that hold the round; those above, up to `_WITHDRAWN`, the number of the operation.
+ROUND_BITS = 16
+SIGNATURE_WORD = 2
 _WITHDRAWN = 1 << 63
+_IS_SETTLED = np.array([SETTLED if word == SIGNATURE_WORD else 0 for word in range(ENTRY_WORDS)], dtype=np.uint64)
+_IS_WITHDRAWN_OR_SETTLED = _IS_SETTLED | np.array([_WITHDRAWN] + [0] * (ENTRY_WORDS - 1), dtype=np.uint64)
 _SEED = 0x6D6F655F61326131
 _MASK = (1 << 64) - 1
 #: How long a rank that cannot be written to may be on its way out of the view.
@@ -37,6 +43,13 @@ class Lost(Exception):
     def __init__(self, ranks: Iterable[int], why: str, gone: bool = True) -> None:
         super().__init__(why)
         self.ranks, self.gone = tuple(sorted(ranks)), gone
+
+
+class Missed(Lost):
+    """The others have made the whole operation without this rank."""
+
+    def __init__(self, ranks: Iterable[int], why: str) -> None:
+        super().__init__(ranks, why, gone=False)
 
 
 @dataclass(frozen=True)
@@ -144,11 +157,29 @@ class Board:
         found: npt.NDArray[np.bool_] = (self.words[places] != record).any(axis=1)
         return found
 
-    def has_been(self, places: Places, turn: int, entry: Sequence[int]) -> bool:
+    def has_been(self, places: Places, turn: int, entry: Words) -> bool:
         """Whether all others have published this entry, even if some have withdrawn it."""
-        found = self.words[places.entries[turn]]
-        found[:, 0] &= np.uint64(_WITHDRAWN - 1)
-        return bool((found == np.array(entry, dtype=np.uint64)).all())
+        return not differ(self.words[places.entries[turn]], entry, withdrawn=True).any()
+
+    def went_on(self, places: Places, incarnations: Mapping[int, int], turn: int, entry: Words) -> bool:
+        """Whether some rank of the view of this entry, of the first round of an operation, has gone on in that view, or
+        will: it says so, or has published what comes later."""
+        stamp, epoch = int(entry[0]), int(entry[1])
+        entries, stamps = self.words[places.entries[turn]], self.words[places.stamps[1 - turn]].tolist()
+        seconds = self.words[places.seconds[turn]].tolist()
+        number = stamp >> ROUND_BITS
+        for i in np.flatnonzero(~differ(entries, entry)).tolist():
+            status = self.status(places, i, incarnations[places.others[i]])
+            failed = status is not None and status.failed == number
+            finished = status is not None and status.finished >= number
+            if not failed and (
+                finished
+                or int(entries[i, SIGNATURE_WORD]) & SETTLED
+                or seconds[i] == [stamp, epoch]
+                or stamp < stamps[i] < _WITHDRAWN
+            ):
+                return True
+        return False
 
     # other hosts
 
@@ -213,6 +244,14 @@ class Board:
                     yield from self.push(roll, [(rank, offset, STATUS_WORDS * WORD)])
                 except Lost:  # then it has been told of, and this rank has its own failure to report
                     continue
+
+
+def differ(entries: Words, entry: Words, withdrawn: bool = False) -> npt.NDArray[np.bool_]:
+    """[ranks], which of these entries, [ranks, words], is not that one, settled or not. withdrawn: one that was
+    withdrawn is still that one."""
+    other: Words = (entries ^ entry) & ~(_IS_WITHDRAWN_OR_SETTLED if withdrawn else _IS_SETTLED)
+    found: npt.NDArray[np.bool_] = (other != 0).any(axis=1)
+    return found
 
 
 def check_word(record: Sequence[int]) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Sequence
 import torch
 
 from moe_a2a.collectives.base import Base
-from moe_a2a.collectives.board import Board, Lost, Places, Steps
+from moe_a2a.collectives.board import Board, Lost, Missed, Places, Steps
 from moe_a2a.collectives.driver import Driver
 from moe_a2a.collectives.letters import Letters
 from moe_a2a.collectives.options import Options
@@ -23,6 +23,8 @@ from moe_a2a.transport.wait import Pause, named
 COLLECTIVES = "collectives"
 _WRITE_SHARE = 0.5
 _LOOK_S = 1e-3
+#: Share of an operation's budget in which the way to a rank has to be found: others wait for this one meanwhile.
+_FIND_SHARE = 0.3
 #: Operations after a failure in which a rank may still be reading what this one overwrites.
 _UNSURE = 3
 
@@ -109,7 +111,7 @@ class Group:
                     raise MoeA2AError(f"nobody sent anything within {self.message_s:g} s")
                 yield
                 if self.roster.changed(roll):
-                    roll = yield from self._take_roll(deadline)
+                    roll = yield from self._take_roll(self.message_s)
             yield from self._letters.receive(roll, source, data, dtype, tag, self.message_s)
             work.came_from(source)
 
@@ -128,11 +130,14 @@ class Group:
         roll: Roll | None = None
         gone: tuple[int, ...] = ()
         failure: tuple[MoeA2AError, tuple[int, ...]] | None = None
+        joining = self._number is None
         try:
             deadline = time.monotonic() + budget_s
             begun: set[int] = set()
+            tried: list[tuple[Roll, Places]] = []
+            back: Roll | None = None
             while True:
-                roll = yield from self._take_roll(deadline)
+                roll = back or (yield from self._take_roll(budget_s))
                 if self._number is None:
                     self._number = yield from self._find_number(roll, deadline)
                     continue  # the view may have changed meanwhile
@@ -148,13 +153,23 @@ class Group:
                     not self._unsure,
                     frozenset(begun),
                     self._last,
+                    tried,
+                    back is not None,
                 )
                 try:
                     yield from body(call)
                     break
                 except Moved as moved:
                     begun.update(moved.begun)
+                    tried.append((roll, self._places_of(roll)))
+                    back = moved.back
                     self._unsure = _UNSURE
+                except Missed:
+                    if not joining:
+                        raise
+                    # It came when the others had begun: it takes part from the next one on.
+                    self._number, back = None, None
+                    tried.clear()
             if after is not None:
                 after()
         except Lost as lost:
@@ -177,7 +192,8 @@ class Group:
             self._board.finish(number, True, sum(1 << rank for rank in gone))
             if roll is not None and self._places is not None and self._places[0] is roll:
                 yield from self._board.push_status(roll, self._places[1])
-                yield from self._reconcile(roll, gone)
+            with contextlib.suppress(ExcludedFromView):  # the next operation says so
+                yield from self._reconcile(roll or self.roster.roll(), gone)
         work.end(*(failure or (None, ())))
 
     def _message(
@@ -189,7 +205,7 @@ class Group:
     ) -> Steps:
         failure: tuple[MoeA2AError, tuple[int, ...]] | None = None
         try:
-            roll = yield from self._take_roll(time.monotonic() + self.message_s)
+            roll = yield from self._take_roll(self.message_s)
             work.epoch, work.ranks = roll.epoch, roll.ranks
             for rank in ranks:
                 if rank not in roll.incarnations:
@@ -206,8 +222,9 @@ class Group:
             failure[0].__cause__ = error
         work.end(*(failure or (None, ())))
 
-    def _take_roll(self, deadline: float) -> Generator[None, None, Roll]:
+    def _take_roll(self, budget_s: float) -> Generator[None, None, Roll]:
         """The roll of the newest view, once this process can reach all of it. Raises ExcludedFromView, Lost."""
+        deadline = time.monotonic() + _FIND_SHARE * budget_s
         while True:
             roll = self.roster.roll()
             self.base.take_in_found()
@@ -215,8 +232,11 @@ class Group:
             if not unknown:
                 return roll
             lost = [rank for rank in unknown if self.roster.lost(roll, rank)]
-            if lost or time.monotonic() > deadline:
-                raise Lost(lost or unknown, f"ranks {lost or unknown} cannot be reached")
+            if not lost and time.monotonic() > deadline:
+                self.roster.accuse(roll, unknown, f"rank {self.base.rank} did not find the way to it in time")
+                lost = unknown
+            if lost:
+                raise Lost(lost, f"{named(lost)} cannot be reached")
             yield
 
     def _reaches(self, roll: Roll, rank: int) -> bool:
@@ -239,15 +259,14 @@ class Group:
         return number
 
     def _reconcile(self, roll: Roll, ranks: Sequence[int]) -> Steps:
-        """After a failure: wait until the view is without the ranks that failed."""
+        """After a failure: wait until the view is without the ranks that failed. Raises ExcludedFromView."""
         if self.options.on_failure != "reconcile":
             return
         deadline = time.monotonic() + self.options.reconcile_s
         mine = [rank for rank in ranks if rank in roll.incarnations]
-        with contextlib.suppress(ExcludedFromView):  # the next operation says so
-            while not self.roster.masked(roll, mine) and time.monotonic() < deadline:
-                self.roster.check()
-                yield
+        while not self.roster.masked(roll, mine) and time.monotonic() < deadline:
+            self.roster.check()
+            yield
 
     # failures
 

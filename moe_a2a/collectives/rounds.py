@@ -5,40 +5,43 @@ the same entry of all others goes on. So all ranks of an operation have one view
 last round but one announced may be overwritten, because everybody has come to the round after it.
 
 If the view changes while a rank waits in the first round, it withdraws its entry and looks once more. If all others
-have published theirs, somebody may have gone on, and so does this rank. Otherwise nobody has and nobody can any more:
-it enters again, with the new view. If a rank failed, the operation fails instead, on all.
+have published theirs, somebody may have gone on, and so will this rank: it says that the view is settled. Otherwise it
+enters again, with the new view. Inside a host nobody can have gone on then. Between hosts entries arrive one after the
+other, and somebody may have seen all of them before this rank has: who has entered again, and sees that the view before
+is settled, or that a rank has gone on in it, goes back to it. A rank that goes on in one view is missing in the other
+one, so that nobody goes on there. If a rank failed, the operation fails instead, on all.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from moe_a2a.collectives.board import Board, Lost, Places, Status, Steps
+from moe_a2a.collectives.board import ROUND_BITS, Board, Lost, Missed, Places, Status, Steps, Words, differ
 from moe_a2a.collectives.options import MOST_SLOTS
 from moe_a2a.collectives.roster import Roll, Roster
-from moe_a2a.collectives.signature import Signature, describe
+from moe_a2a.collectives.signature import SETTLED, Signature, describe
 from moe_a2a.errors import InputError, MoeA2AError
 from moe_a2a.transport.wait import CHECK_EVERY_S, named
 
 Pending = Callable[[], npt.NDArray[np.bool_]]
-_ROUND_BITS = 16
 _STAMP = (1 << 63) - 1  # without the bit of entries that were withdrawn
-MOST_ROUNDS = (1 << _ROUND_BITS) - 2
+MOST_ROUNDS = (1 << ROUND_BITS) - 2
 #: Once a rank has given up for a reason of its own, the others look this long for what that may have been.
 _REASON_S = 1.0
 
 
 class Moved(Exception):
-    """The view has changed before the operation began: begin again. begun: ranks that had entered it."""
+    """The view has changed before the operation began: begin again. begun: ranks that had entered it. back: the view in
+    which it runs after all, None for the newest."""
 
-    def __init__(self, begun: Collection[int]) -> None:
+    def __init__(self, begun: Collection[int] = (), back: Roll | None = None) -> None:
         super().__init__()
-        self.begun = begun
+        self.begun, self.back = begun, back
 
 
 class Call:
@@ -47,7 +50,8 @@ class Call:
     number: of the operation, the same on all ranks. roll: who takes part. sure: whether all ranks are known to have
     finished the operations before, so that their data may be overwritten without a word to other hosts. begun: ranks
     of which this one knows that they have entered it in an earlier view; those of other hosts may have ended it.
-    before: who took part in the last operation.
+    before: who took part in the last operation. tried: views in which this rank has entered this operation before, with
+    their places. settled: it came back to this view, and stays.
     """
 
     def __init__(
@@ -62,16 +66,19 @@ class Call:
         sure: bool,
         begun: Collection[int],
         before: Roll | None,
+        tried: Sequence[tuple[Roll, Places]] = (),
+        settled: bool = False,
     ) -> None:
         self.board, self._roster, self._places, self.roll = board, roster, places, roll
         self.number, self._signature, self._budget, self._sure = number, signature, budget_s, sure
-        self._begun, self._before = begun, before
+        self._begun, self._before, self._tried, self._settled = begun, before, tried, settled
         self.ranks, self.me = roll.ranks, board.base.rank
         self.layout = board.base.layout
         self._round = -1
         self._turn = 0
         self._stamp = 0
         self._entry: tuple[int, ...] = ()
+        self._seen: Words = np.zeros((0, 0), dtype=np.uint64)
         self._given_up = 0.0
 
     @property
@@ -115,8 +122,8 @@ class Call:
         """
         self._round += 1
         board, turn = self.board, (self.number + self._round) & 1
-        self._turn, self._stamp = turn, self.number << _ROUND_BITS | self._round
-        self._entry = (self._stamp, self.roll.epoch, *self._signature.words(self.roll.digest))
+        self._turn, self._stamp = turn, self.number << ROUND_BITS | self._round
+        self._entry = self._entry_of(self.roll)
         record = np.array(self._entry, dtype=np.uint64)
         if self._round == 0 and not self._sure:
             yield from self._let_others_finish()
@@ -135,9 +142,15 @@ class Call:
                 fill()
             board.enter(turn, self._entry)
         places = self._places.entries[turn]
-        if (board.words[places] == record).all():
+        self._seen = board.words[places]
+        if (self._seen == record).all():
             return
-        yield from self._wait(lambda: board.pending(places, record), "", entering=True)
+
+        def pending() -> npt.NDArray[np.bool_]:
+            self._seen = board.words[places]
+            return differ(self._seen, record)
+
+        yield from self._wait(pending, "", entering=True)
 
     def show(self, nbytes: Mapping[int, tuple[int, int]]) -> Steps:
         """Announce what this rank has written to `second`. nbytes: as `away` of `meet`."""
@@ -157,11 +170,14 @@ class Call:
             return
         yield from self._wait(lambda: board.pending(places, record), ", second part", entering=False)
 
-    def confirm(self) -> None:
-        """After reading: raises Lost if somebody has overwritten meanwhile what was read."""
+    def confirm(self, second: bool = False) -> None:
+        """After reading: raises Lost if somebody has overwritten meanwhile what was read. second: in `second`."""
         if not self.others:
             return
-        stood = self.board.words[self._places.stamps[self._turn]] == np.uint64(self._stamp)
+        if second:  # who has come back to this view has said so meanwhile, and is in this round all the same
+            stood = self.board.words[self._places.stamps[self._turn]] == np.uint64(self._stamp)
+        else:
+            stood = (self.board.words[self._places.entries[self._turn]] == self._seen).all(axis=1)
         if not stood.all():
             late = [rank for rank, stands in zip(self.others, stood, strict=True) if not stands]
             raise Lost(late, f"{named(late)} went on before this rank had read", gone=False)
@@ -193,7 +209,7 @@ class Call:
         """Whether a rank has entered this operation or a later one, or has finished the one before."""
         at = self._places.others.index(rank)
         for turn in (0, 1):
-            if int(self.board.words[self._places.stamps[turn][at]]) & _STAMP >= number << _ROUND_BITS:
+            if int(self.board.words[self._places.stamps[turn][at]]) & _STAMP >= number << ROUND_BITS:
                 return True
         status = self.board.status(self._places, at, self.roll.incarnations[rank])
         return status is not None and status.finished >= number - 1
@@ -211,11 +227,11 @@ class Call:
             checked = now
             if entering:
                 self._compare()
-                if self._round == 0 and self._roster.changed(self.roll):
-                    if self._may_have_begun():
-                        entering = False  # then what the new view says is for the next operation
+                if self._round == 0 and not self._settled:
+                    self._look_back()
+                    if self._roster.changed(self.roll):
+                        yield from self._settle_or_follow()
                         continue
-                    self._follow()
             lost = {rank for rank in self.others if self._roster.lost(self.roll, rank)}
             statuses = [
                 self.board.status(self._places, i, self.roll.incarnations[r]) for i, r in enumerate(self.others)
@@ -234,7 +250,8 @@ class Call:
                     self._heed(rank, status, rank in waiting, now)
             ahead = later.intersection(waiting)
             if ahead:
-                raise Lost(ahead, f"{named(sorted(ahead))} went on without this rank", gone=False)
+                why = f"{named(sorted(ahead))} went on without this rank"
+                raise Missed(ahead, why) if self._round == 0 else Lost(ahead, why, gone=False)
             if now - started > self._budget:
                 evidence = f"{self._signature}{what}: sent nothing within {self._budget:g} s"
                 silent = [rank for rank in waiting if rank not in self._begun]
@@ -252,16 +269,17 @@ class Call:
             if now - self._given_up > _REASON_S:
                 raise MoeA2AError(f"{self._signature}: rank {rank} gave up this operation; its own error says why")
         elif waiting and status.finished >= self.number:
-            later = status.failed > self.number and status.mask
-            ranks = _ranks(status.mask) if later else (rank,)
-            raise Lost(ranks, f"rank {rank} went on without this rank", gone=bool(later))
+            why = f"rank {rank} went on without this rank"
+            if status.failed > self.number and status.mask:
+                raise Lost(_ranks(status.mask), why)
+            raise Missed([rank], why) if self._round == 0 else Lost([rank], why, gone=False)
 
     def _is_later(self, rank: int) -> bool:
         """Whether a rank has entered a later operation in this view, or in one after it."""
         at = self._places.others.index(rank)
         for turn in (0, 1):
             stamp, epoch, *_ = self.board.words[self._places.entries[turn][at]].tolist()
-            if stamp < 1 << 63 and stamp >> _ROUND_BITS > self.number and epoch >= self.roll.epoch:
+            if stamp < 1 << 63 and stamp >> ROUND_BITS > self.number and epoch >= self.roll.epoch:
                 return True
         return False
 
@@ -275,17 +293,31 @@ class Call:
                     f"{describe((words[0], words[1]))}; all ranks have to make the same calls in the same order"
                 )
 
-    def _may_have_begun(self) -> bool:
-        """Whether another rank may have gone on in this round: then this one does too."""
-        self.board.withdraw(self._turn, self._stamp)
-        if not self.board.has_been(self._places, self._turn, self._entry):
-            return False
-        self.board.enter(self._turn, self._entry)
-        return True
+    def _entry_of(self, roll: Roll) -> tuple[int, ...]:
+        """What this rank says in this round of a view."""
+        first, second = self._signature.words(roll.digest)
+        return (self._stamp, roll.epoch, first | (SETTLED if self._settled else 0), second)
 
-    def _follow(self) -> None:
-        """There is a new view. Raises Lost if a rank of this operation failed, else Moved; returns if it is the same
-        after all."""
+    def _look_back(self) -> None:
+        """Raises Moved if a rank goes on in a view that this one has left."""
+        for roll, places in self._tried:
+            entry = np.array(self._entry_of(roll), dtype=np.uint64)
+            if self.board.went_on(places, roll.incarnations, self._turn, entry):
+                raise Moved(back=roll)
+
+    def _settle_or_follow(self) -> Steps:
+        """There is a new view. If another rank may have gone on in this round, this one will too, and what the new view
+        says is for the next operation. Else raises Lost if a rank of this operation failed, and Moved if not; returns
+        if the view is the same after all."""
+        board = self.board
+        board.withdraw(self._turn, self._stamp)
+        if board.has_been(self._places, self._turn, np.array(self._entry, dtype=np.uint64)):
+            self._settled = True
+            self._entry = self._entry_of(self.roll)
+            board.enter(self._turn, self._entry)
+            if self._places.away:
+                yield from board.push_entry(self.roll, self._places, self._turn)
+            return
         roll = self._roster.roll()
         failed = [rank for rank in self.others if self._roster.lost(self.roll, rank)]
         if failed:
@@ -301,9 +333,7 @@ class Call:
 def entered(board: Board, places: Places, epoch: int) -> int | None:
     """The lowest number of an operation that others have entered since this epoch, None if there is none."""
     found = [row for turn in (0, 1) for row in board.words[places.entries[turn]].tolist()]
-    return min(
-        (row[0] >> _ROUND_BITS for row in found if row[0] and row[1] >= epoch and row[0] < 1 << 63), default=None
-    )
+    return min((row[0] >> ROUND_BITS for row in found if row[0] and row[1] >= epoch and row[0] < 1 << 63), default=None)
 
 
 def _ranks(mask: int) -> tuple[int, ...]:
