@@ -136,10 +136,11 @@ class Group:
             begun: set[int] = set()
             tried: list[tuple[Roll, Places]] = []
             back: Roll | None = None
+            missed = 0
             while True:
                 roll = back or (yield from self._take_roll(budget_s))
                 if self._number is None:
-                    self._number = yield from self._find_number(roll, deadline)
+                    self._number = yield from self._find_number(roll, missed, deadline)
                     continue  # the view may have changed meanwhile
                 work.epoch, work.ranks = roll.epoch, roll.ranks
                 call = Call(
@@ -168,7 +169,7 @@ class Group:
                     if not joining:
                         raise
                     # It came when the others had begun: it takes part from the next one on.
-                    self._number, back = None, None
+                    missed, self._number, back = call.number, None, None
                     tried.clear()
             if after is not None:
                 after()
@@ -247,10 +248,10 @@ class Group:
             self._places = (roll, Places(self._board, roll))
         return self._places[1]
 
-    def _find_number(self, roll: Roll, deadline: float) -> Generator[None, None, int | None]:
-        """The number of the operation that the others are at, or will be at next. Raises Lost."""
+    def _find_number(self, roll: Roll, after: int, deadline: float) -> Generator[None, None, int | None]:
+        """The number of the operation, above `after`, that the others are at, or will be at next. Raises Lost."""
         places = self._places_of(roll)
-        while (number := entered(self._board, places, roll.epoch)) is None:
+        while (number := entered(self._board, places, roll.epoch, after)) is None:
             if time.monotonic() > deadline:
                 raise Lost((), "no rank of the group has called anything since this one joined it")
             yield

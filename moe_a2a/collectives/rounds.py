@@ -330,10 +330,12 @@ class Call:
         raise Moved([rank for rank, stamp in zip(self.others, entries, strict=True) if stamp == self._stamp])
 
 
-def entered(board: Board, places: Places, epoch: int) -> int | None:
-    """The lowest number of an operation that others have entered since this epoch, None if there is none."""
+def entered(board: Board, places: Places, epoch: int, after: int) -> int | None:
+    """The lowest number, above `after`, of an operation that others have entered since this epoch, None if there is
+    none."""
     found = [row for turn in (0, 1) for row in board.words[places.entries[turn]].tolist()]
-    return min((row[0] >> ROUND_BITS for row in found if row[0] and row[1] >= epoch and row[0] < 1 << 63), default=None)
+    numbers = [row[0] >> ROUND_BITS for row in found if row[1] >= epoch and row[0] < 1 << 63]
+    return min((number for number in numbers if number > after), default=None)
 
 
 def _ranks(mask: int) -> tuple[int, ...]:
