@@ -19,7 +19,7 @@ import torch
 from moe_a2a.collectives.base import Base
 from moe_a2a.collectives.region import ENTRY_WORDS, STATUS_WORDS, WORD
 from moe_a2a.collectives.roster import Roll, Roster
-from moe_a2a.collectives.signature import SETTLED
+from moe_a2a.collectives.signature import RETURNED, SETTLED
 from moe_a2a.errors import EngineError
 
 Steps = Generator[None, None, None]
@@ -28,8 +28,15 @@ Words = npt.NDArray[np.uint64]
 ROUND_BITS = 16
 SIGNATURE_WORD = 2
 _WITHDRAWN = 1 << 63
-_IS_SETTLED = np.array([SETTLED if word == SIGNATURE_WORD else 0 for word in range(ENTRY_WORDS)], dtype=np.uint64)
-_IS_WITHDRAWN_OR_SETTLED = _IS_SETTLED | np.array([_WITHDRAWN] + [0] * (ENTRY_WORDS - 1), dtype=np.uint64)
+
+
+def _bits(word: int, bits: int) -> Words:
+    """Of an entry."""
+    return np.array([bits if i == word else 0 for i in range(ENTRY_WORDS)], dtype=np.uint64)
+
+
+_IS_SETTLED, _IS_RETURNED = _bits(SIGNATURE_WORD, SETTLED), _bits(SIGNATURE_WORD, RETURNED)
+_IS_WITHDRAWN = _bits(0, _WITHDRAWN)
 _SEED = 0x6D6F655F61326131
 _MASK = (1 << 64) - 1
 #: How long a rank that cannot be written to may be on its way out of the view.
@@ -246,11 +253,11 @@ class Board:
                     continue
 
 
-def differ(entries: Words, entry: Words, withdrawn: bool = False) -> npt.NDArray[np.bool_]:
-    """[ranks], which of these entries, [ranks, words], is not that one, settled or not. withdrawn: one that was
-    withdrawn is still that one."""
-    other: Words = (entries ^ entry) & ~(_IS_WITHDRAWN_OR_SETTLED if withdrawn else _IS_SETTLED)
-    found: npt.NDArray[np.bool_] = (other != 0).any(axis=1)
+def differ(entries: Words, entry: Words, withdrawn: bool = False, returned: bool = True) -> npt.NDArray[np.bool_]:
+    """[ranks], which of these entries, [ranks, words], are not that one (or those), settled or not. withdrawn,
+    returned: one that was withdrawn, or that a rank came back to, is still that one."""
+    ignored = _IS_SETTLED | (_IS_WITHDRAWN if withdrawn else 0) | (_IS_RETURNED if returned else 0)
+    found: npt.NDArray[np.bool_] = (((entries ^ entry) & ~ignored) != 0).any(axis=1)
     return found
 
 

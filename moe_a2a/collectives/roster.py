@@ -14,7 +14,7 @@ from moe_a2a.membership.view import State, View
 
 @dataclass(frozen=True)
 class Roll:
-    """Who takes part in an operation. sequence: of the page that the view was read from. digest: 31 bits that stand for
+    """Who takes part in an operation. sequence: of the page that the view was read from. digest: 30 bits that stand for
     who takes part."""
 
     epoch: int
@@ -24,7 +24,7 @@ class Roll:
 
     @classmethod
     def of(cls, epoch: int, incarnations: Mapping[int, int], sequence: int) -> Roll:
-        digest = zlib.crc32(repr(sorted(incarnations.items())).encode()) & 0x7FFFFFFF
+        digest = zlib.crc32(repr(sorted(incarnations.items())).encode()) & 0x3FFFFFFF
         return cls(epoch, incarnations, sequence, digest)
 
     @functools.cached_property

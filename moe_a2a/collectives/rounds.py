@@ -24,7 +24,7 @@ import torch
 from moe_a2a.collectives.board import ROUND_BITS, Board, Lost, Missed, Places, Status, Steps, Words, differ
 from moe_a2a.collectives.options import MOST_SLOTS
 from moe_a2a.collectives.roster import Roll, Roster
-from moe_a2a.collectives.signature import SETTLED, Signature, describe
+from moe_a2a.collectives.signature import RETURNED, SETTLED, Signature, describe
 from moe_a2a.errors import InputError, MoeA2AError
 from moe_a2a.transport.wait import CHECK_EVERY_S, named
 
@@ -51,7 +51,7 @@ class Call:
     finished the operations before, so that their data may be overwritten without a word to other hosts. begun: ranks
     of which this one knows that they have entered it in an earlier view; those of other hosts may have ended it.
     before: who took part in the last operation. tried: views in which this rank has entered this operation before, with
-    their places. settled: it came back to this view, and stays.
+    their places. returned: it came back to this view, and stays.
     """
 
     def __init__(
@@ -67,11 +67,12 @@ class Call:
         begun: Collection[int],
         before: Roll | None,
         tried: Sequence[tuple[Roll, Places]] = (),
-        settled: bool = False,
+        returned: bool = False,
     ) -> None:
         self.board, self._roster, self._places, self.roll = board, roster, places, roll
         self.number, self._signature, self._budget, self._sure = number, signature, budget_s, sure
-        self._begun, self._before, self._tried, self._settled = begun, before, tried, settled
+        self._begun, self._before, self._tried, self._settled = begun, before, tried, returned
+        self._flags = SETTLED | RETURNED if returned else 0
         self.ranks, self.me = roll.ranks, board.base.rank
         self.layout = board.base.layout
         self._round = -1
@@ -177,7 +178,7 @@ class Call:
         if second:  # who has come back to this view has said so meanwhile, and is in this round all the same
             stood = self.board.words[self._places.stamps[self._turn]] == np.uint64(self._stamp)
         else:
-            stood = (self.board.words[self._places.entries[self._turn]] == self._seen).all(axis=1)
+            stood = ~differ(self.board.words[self._places.entries[self._turn]], self._seen, returned=False)
         if not stood.all():
             late = [rank for rank, stands in zip(self.others, stood, strict=True) if not stands]
             raise Lost(late, f"{named(late)} went on before this rank had read", gone=False)
@@ -296,7 +297,7 @@ class Call:
     def _entry_of(self, roll: Roll) -> tuple[int, ...]:
         """What this rank says in this round of a view."""
         first, second = self._signature.words(roll.digest)
-        return (self._stamp, roll.epoch, first | (SETTLED if self._settled else 0), second)
+        return (self._stamp, roll.epoch, first | self._flags, second)
 
     def _look_back(self) -> None:
         """Raises Moved if a rank goes on in a view that this one has left."""
@@ -312,7 +313,7 @@ class Call:
         board = self.board
         board.withdraw(self._turn, self._stamp)
         if board.has_been(self._places, self._turn, np.array(self._entry, dtype=np.uint64)):
-            self._settled = True
+            self._settled, self._flags = True, SETTLED
             self._entry = self._entry_of(self.roll)
             board.enter(self._turn, self._entry)
             if self._places.away:

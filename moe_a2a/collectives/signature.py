@@ -57,8 +57,9 @@ DTYPES = (
     torch.uint32,
     torch.uint64,
 )
-#: Of the first word: the view in which an operation runs is settled for the rank that says so.
-SETTLED = 1 << 31
+#: Bits of the first word: the view in which an operation runs is settled for the rank that says so; it has been in
+#: another one before, and has written its data once more.
+SETTLED, RETURNED = 1 << 31, 1 << 30
 _NO_ROOT = 0xFF
 _MOST = (1 << 63) - 1
 
@@ -74,7 +75,7 @@ class Signature:
     root: int = -1
 
     def words(self, roll: int) -> tuple[int, int]:
-        """roll: 31 bits that stand for the ranks that take part; the bit above them is `SETTLED`'s."""
+        """roll: 30 bits that stand for the ranks that take part; those above them are `SETTLED` and `RETURNED`."""
         root = _NO_ROOT if self.root < 0 else self.root
         return (self.kind << 24 | self.reduction << 16 | root << 8 | dtype_code(self.dtype)) << 32 | roll, self.count
 
