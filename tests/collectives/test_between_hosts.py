@@ -21,6 +21,12 @@ FIRST, MIDDLE, LAST, JOINS = range(4)
 SIZES = {"small": 5, "large": 6000}
 
 
+def _went_on(board: Any, places: Any, turn: int, index: int, stamp: int) -> bool:
+    """Whether a rank has shown a second part, or entered the next collective."""
+    second, later = board.words[places.seconds[turn][index][0]], board.words[places.entries[1 - turn][index][0]]
+    return int(second) == stamp or stamp < int(later) < 1 << 63
+
+
 def _enter_late(group: ProcessGroupMoeA2A) -> None:
     """The next entry of this rank reaches the first rank at once, and the middle one when that has moved on to a view
     with one rank more."""
@@ -31,6 +37,11 @@ def _enter_late(group: ProcessGroupMoeA2A) -> None:
         board.push_entry = real
         away, places.away = places.away, [FIRST]
         yield from real(roll, places, turn)
+        first, stamp = places.others.index(FIRST), int(board.words[(board._own + board.base.layout.entry(turn)) // 8])
+        deadline = time.monotonic() + 20
+        while not _went_on(board, places, turn, first, stamp):
+            assert time.monotonic() < deadline, "the first rank does not go on"
+            yield
         assert group.activate([JOINS]).reason == ""
         middle = places.entries[turn][places.others.index(MIDDLE)]
         deadline = time.monotonic() + 20
