@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -15,10 +16,12 @@ from ranks import Ctx, run_ranks
 
 from moe_a2a import RankLost
 from moe_a2a.collectives import ProcessGroupMoeA2A
+from moe_a2a.collectives.board import Steps
+from moe_a2a.collectives.rounds import Call
 
 #: The last process takes the slot of the victim, whose write goes to the reader.
 HOSTS, VICTIM, READER, NEXT = ["a", "a", "b", "b", "b"], 2, 0, 4
-SLOTS, TIMEOUT_S = 4, 3.0
+SLOTS, TIMEOUT_S = 4, 5.0
 #: Much more than sockets take before anybody reads.
 CHUNK = 8 << 20
 
@@ -42,6 +45,21 @@ def _write_and_stop(ctx: Ctx, group: ProcessGroupMoeA2A) -> None:
         time.sleep(1e-3)
     ctx.store.set("the rest has come", "1")
     time.sleep(30)
+
+
+def _wake_while_reading(ctx: Ctx) -> None:
+    """Let the rest of the write come between the entries of a collective and the copy of its data. Those of the second
+    turn lie where nothing had been written when the victim was stopped."""
+    real = Call.meet
+
+    def meet(call: Call, *given: Any) -> Steps:
+        yield from real(call, *given)
+        if call._turn == 1:
+            Call.meet = real
+            os.kill(int(ctx.store.get("victim")), signal.SIGCONT)
+            ctx.store.wait(["the rest has come"])
+
+    Call.meet = meet
 
 
 def _exchange(group: ProcessGroupMoeA2A, number: int) -> None:
@@ -82,10 +100,9 @@ def _replace(ctx: Ctx, store: str, name: str) -> int:
         while not group.active()[VICTIM]:
             time.sleep(1e-3)
     for number in range(10, 20):
-        _exchange(group, number)
         if number == 12 and ctx.rank == READER:
-            os.kill(int(ctx.store.get("victim")), signal.SIGCONT)
-            ctx.store.wait(["the rest has come"])
+            _wake_while_reading(ctx)
+        _exchange(group, number)
     if ctx.rank == READER:
         os.kill(int(ctx.store.get("victim")), signal.SIGKILL)
     dist.destroy_process_group()
