@@ -22,7 +22,6 @@ from moe_a2a.collectives.process_group import ProcessGroupMoeA2A
 from moe_a2a.collectives.work import CollectiveWork
 from moe_a2a.errors import ExcludedFromView, MoeA2AError
 from moe_a2a.membership.member import Member
-from moe_a2a.membership.store import split_url
 from moe_a2a.membership.view import State
 
 #: Small, so that larger tensors take several rounds.
@@ -50,9 +49,7 @@ class _CollectiveRank(Rank):
         self._alone = True
 
     def found(self) -> None:
-        _, host, port = split_url(self.run.meeting)
-        store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=60))
-        self._group = self._make(store, False)
+        self._group = self._make(self.meeting(), False)
 
     def join(self) -> None:
         if self._alone:
@@ -114,7 +111,7 @@ class _CollectiveRank(Rank):
             store=run.store,
             group=run.group,
             host=place.host,
-            host_address=place.address if place.namespace else None,
+            host_address=place.host_address,
             control_address=place.address,
             chunk_bytes=_CHUNK_BYTES,
         )

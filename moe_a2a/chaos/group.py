@@ -20,7 +20,7 @@ from typing import Any
 from torch.distributed import TCPStore
 
 from moe_a2a.chaos import board as b
-from moe_a2a.chaos.network import Network, inside
+from moe_a2a.chaos.network import Network, inside, listener
 from moe_a2a.chaos.rank import MAKERS, Place, Run, log_file, serve
 from moe_a2a.chaos.steps import Workload
 from moe_a2a.membership.store import split_url
@@ -155,7 +155,7 @@ class Group:
         """The process that serves the store. Raises LookupError."""
         port = split_url(self.store_url)[2]
         with inside(self.network.name(self.network.store) if self.network else ""):
-            return _listener(port)
+            return listener(port)
 
     # processes
 
@@ -363,18 +363,3 @@ def _kill(pid: int, word: str) -> None:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
         if any(given.startswith(word.encode()) for given in words):
             os.kill(pid, signal.SIGKILL)
-
-
-def _listener(port: int) -> int:
-    """The process of this machine that listens on a port of this thread's network. Raises LookupError."""
-    inodes = set()
-    for table in ("tcp", "tcp6"):
-        with contextlib.suppress(FileNotFoundError), open(f"/proc/thread-self/net/{table}", encoding="ascii") as lines:
-            for fields in (line.split() for line in lines):
-                if fields[3] == "0A" and int(fields[1].rpartition(":")[2], 16) == port:
-                    inodes.add(f"socket:[{fields[9]}]")
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if any(os.readlink(fd) in inodes for fd in (process / "fd").iterdir()):
-                return int(process.name)
-    raise LookupError(f"nobody listens on port {port}")

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 from moe_a2a.errors import MoeA2AError
 
@@ -137,3 +138,18 @@ def _ip(arguments: list[str], given: str = "") -> None:
     done = subprocess.run(["ip", *arguments], input=given, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise MoeA2AError(f"ip {' '.join(arguments)}: {done.stderr.strip()[:300]}")
+
+
+def listener(port: int) -> int:
+    """The process of this machine that listens on a port of this thread's network. Raises LookupError."""
+    inodes = set()
+    for table in ("tcp", "tcp6"):
+        with contextlib.suppress(FileNotFoundError), open(f"/proc/thread-self/net/{table}", encoding="ascii") as lines:
+            for fields in (line.split() for line in lines):
+                if fields[3] == "0A" and int(fields[1].rpartition(":")[2], 16) == port:
+                    inodes.add(f"socket:[{fields[9]}]")
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if any(os.readlink(fd) in inodes for fd in (process / "fd").iterdir()):
+                return int(process.name)
+    raise LookupError(f"nobody listens on port {port}")

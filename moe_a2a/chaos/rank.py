@@ -16,6 +16,7 @@ import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.distributed as dist
 
 from moe_a2a.chaos import board as b
 from moe_a2a.chaos.network import enter
 from moe_a2a.chaos.steps import Workload, WrongRows
 from moe_a2a.errors import ExcludedFromView, MoeA2AError
 from moe_a2a.membership.member import Member
+from moe_a2a.membership.store import split_url
 from moe_a2a.membership.wire import encode_view
 
 _NAP_S = 2e-3
@@ -47,6 +50,11 @@ class Place:
     host: str
     namespace: str = ""
     address: str = "127.0.0.1"
+
+    @property
+    def host_address(self) -> str | None:
+        """For data of other hosts; None for hosts that are played, which find it out."""
+        return self.address if self.namespace else None
 
 
 @dataclass(frozen=True)
@@ -108,6 +116,11 @@ class Rank(ABC):
         self._members: tuple[int, ...] = ()
         self._leaving = False
         self._began = float("inf")
+
+    def meeting(self) -> dist.Store:
+        """Where founders meet."""
+        _, host, port = split_url(self.run.meeting)
+        return dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=60))
 
     # of its steps
 

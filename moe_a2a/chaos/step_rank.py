@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import time
-from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
-
-import torch.distributed as dist
 
 from moe_a2a.all_to_all import AllToAll
 from moe_a2a.chaos.rank import Place, Rank, Run
@@ -17,7 +14,6 @@ from moe_a2a.elastic.backend import ElasticBackend
 from moe_a2a.elastic.options import Elastic
 from moe_a2a.errors import ExcludedFromView
 from moe_a2a.membership.member import Member
-from moe_a2a.membership.store import split_url
 
 
 def make(pipe: Connection, run: Run, rank: int, place: Place) -> Rank:
@@ -29,9 +25,7 @@ class _StepRank(Rank):
 
     def found(self) -> None:
         run = self.run
-        _, host, port = split_url(run.meeting)
-        store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=60))
-        founders: dict[str, Any] = {"store": store, "rank": self.rank, "world_size": run.load.ranks}
+        founders: dict[str, Any] = {"store": self.meeting(), "rank": self.rank, "world_size": run.load.ranks}
         self._a2a = AllToAll(run.load.config(), elastic=self._elastic(False), **founders, **self._options())
 
     def join(self) -> None:
@@ -91,8 +85,7 @@ class _StepRank(Rank):
 
     def _options(self) -> dict[str, Any]:
         run, place = self.run, self.place
-        host_address = place.address if place.namespace else None
-        return {"options": Options(timeout_s=run.timeout_s, host=place.host, host_address=host_address)}
+        return {"options": Options(timeout_s=run.timeout_s, host=place.host, host_address=place.host_address)}
 
     def _elastic(self, join: bool) -> Elastic:
         run, address = self.run, self.place.address

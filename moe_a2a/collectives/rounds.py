@@ -71,7 +71,7 @@ class Call:
     ) -> None:
         self.board, self._roster, self._places, self.roll = board, roster, places, roll
         self.number, self._signature, self._budget, self._sure = number, signature, budget_s, sure
-        self._begun, self._before, self._tried, self._settled = begun, before, tried, returned
+        self._begun, self._before, self._tried = begun, before, tried
         self._flags = SETTLED | RETURNED if returned else 0
         self.ranks, self.me = roll.ranks, board.base.rank
         self.layout = board.base.layout
@@ -228,7 +228,7 @@ class Call:
             checked = now
             if entering:
                 self._compare()
-                if self._round == 0 and not self._settled:
+                if self._round == 0 and not self._flags:
                     self._look_back()
                     if self._roster.changed(self.roll):
                         yield from self._settle_or_follow()
@@ -313,7 +313,7 @@ class Call:
         board = self.board
         board.withdraw(self._turn, self._stamp)
         if board.has_been(self._places, self._turn, np.array(self._entry, dtype=np.uint64)):
-            self._settled, self._flags = True, SETTLED
+            self._flags = SETTLED
             self._entry = self._entry_of(self.roll)
             board.enter(self._turn, self._entry)
             if self._places.away:

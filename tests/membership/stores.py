@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from moe_a2a.chaos.network import listener
 from moe_a2a.membership.store import open_store, split_url
 from moe_a2a.membership.store_process import start_store
 
@@ -24,18 +25,7 @@ ETCD = shutil.which("etcd", path=f"{Path(sys.prefix) / 'etcd' / 'usr' / 'bin'}{o
 
 def serving(url: str) -> int:
     """The process that listens on a store's port."""
-    port = split_url(url)[2]
-    inodes = set()
-    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        for line in Path(table).read_text().splitlines()[1:]:
-            fields = line.split()
-            if fields[3] == "0A" and int(fields[1].rpartition(":")[2], 16) == port:
-                inodes.add(f"socket:[{fields[9]}]")
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if any(os.readlink(fd) in inodes for fd in (process / "fd").iterdir()):
-                return int(process.name)
-    raise LookupError(f"nobody listens at {url}")
+    return listener(split_url(url)[2])
 
 
 def gone(pid: int, within_s: float) -> bool:
