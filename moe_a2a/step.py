@@ -62,9 +62,10 @@ class Roll:
         could reach then. incarnations: rank -> incarnation of all that take part, this rank included. hosts: their
         ranks by host, hosts ordered by their lowest rank. here: the ranks of this rank's host; away: (place in `hosts`,
         ranks) of the other hosts.
-    missing: ranks that did not do their part, so that the result lacks it. left: ranks that left in order, so that
-        this step went on without them. summed: sources for whose tokens this rank has sums. returned: ranks whose sums
-        for this rank's tokens arrived.
+    missing: ranks that did not do their part, so that the result lacks it: those known to be lost; once rows are
+        received, those whose rows did not come; at the end, also those whose sums did not. left: ranks that left in
+        order, so that this step went on without them. summed: sources for whose tokens this rank has sums. returned:
+        ranks whose sums for this rank's tokens arrived.
     epochs: `reachable` of the others, as they announced it. holders: source of another host -> rank of this host in
         whose region its rows lie. rails: host (place in `hosts`) -> the rank there that has this rank's rows.
     resent: hosts to which they went a second time, because the first rank there was lost.

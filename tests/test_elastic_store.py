@@ -60,6 +60,32 @@ def test_steps_go_on_while_the_store_is_away_and_say_who_is_missing(hosts, victi
         assert not made[-1].missing and victim not in made[-1].members
 
 
+def _rows_of_a_dead_rank(ctx: Ctx, where: Where, store_pid: int, victim: int) -> list[Made]:
+    """A rank dispatches and dies; the others begin that step only when they know. The view cannot change meanwhile."""
+    with elastic_a2a(ctx, where, ctx.world, timeout_s=TIMEOUT_S) as a2a:
+        lookout = a2a._backend._group.lookout
+
+        def before(number: int, move: str) -> None:
+            if (number, move) == (AWAY, "send") and ctx.rank == 0:
+                os.kill(store_pid, signal.SIGKILL)
+            if (number, move) == (LOST, "receive") and ctx.rank == victim:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if (number, move) == (LOST, "send") and ctx.rank != victim:
+                roll = lookout.roll(0, LOST)
+                while not lookout.lost(roll, victim):
+                    time.sleep(0.002)
+
+        return serve(ctx, a2a, lambda step: step.number > LOST, before)
+
+
+def test_rows_that_a_rank_left_before_it_died_are_not_missing_until_its_sums_are():
+    """`ElasticFlight.receive` compares who is missing with whose rows came."""
+    where, victim = Where(start_store(), "rows_of_a_dead_rank"), 2
+    results = run_ranks(_rows_of_a_dead_rank, 4, where, serving(where.store), victim, dies=[victim])
+    for made in (result for rank, result in enumerate(results) if rank != victim):
+        assert [step.missing for step in made if step.number >= LOST - 1] == [[]] + [[victim]] * (len(made) - LOST + 1)
+
+
 def _late(ctx: Ctx, where: Where, store_pid: int, victim: int) -> list[Made] | tuple[list[int], list[int]]:
     """One rank sleeps between the records of a step and the copy of its rows, until the others have gone on without it
     and have used their memory again."""

@@ -107,6 +107,8 @@ class ElasticBackend(CpuBackend):
 
     def _receive(self, step: Step) -> None:
         super()._receive(step)
+        # One that had died before this step began may have left its rows, all the same.
+        roll_of(step).missing.difference_update(arrival.rank for arrival in step.arrivals)
         if self._waiting:
             self._welcome(step)
 
@@ -249,11 +251,12 @@ class ElasticBackend(CpuBackend):
     def _welcome(self, step: Step) -> None:
         """If all ranks of a step have found those who wait, hold on until they are activated; the lowest rank does
         that."""
-        roll = roll_of(step)
+        roll, lookout = roll_of(step), self._group.lookout
         reached = min([roll.reachable, *roll.epochs.values()])
         if (
             self._group.member.frozen
             or roll.missing
+            or any(lookout.lost(roll, rank) for rank in roll.incarnations)
             or reached < self._waiting_since
             or self._held_for.items() >= self._waiting.items()
         ):

@@ -70,7 +70,6 @@ class Delivery:
                 return
             tried.append(rail)
             rail = self.next_rail(step, host, tried)
-        roll.missing.update(host)
 
     def bring_weights(self, step: Step, place: int, weights: FloatArray) -> Work:
         """Bring weights to where the rows are."""

@@ -61,7 +61,6 @@ class ElasticRail:
         for place, host in roll.away:
             first = self._delivery.next_rail(step, host)
             if first is None:
-                roll.missing.update(host)
                 continue
             rows = np.flatnonzero(step.outgoing.hits[:, list(host)].any(axis=1))
             at = block.host_slots[first].rows
