@@ -178,15 +178,33 @@ def test_every_process_is_a_service_on_its_host(command: str) -> None:
     assert all(len(hosts) == 1 for hosts in files.values())
 
 
-def test_docker_compose_takes_the_files(tmp_path: Path) -> None:
-    if (
-        shutil.which("docker") is None
-        or subprocess.run(["docker", "compose", "version"], capture_output=True).returncode
-    ):
+def compose_program() -> list[str] | None:
+    for words in (["docker", "compose"], ["docker-compose"]):
+        if shutil.which(words[0]) and not subprocess.run([*words, "version"], capture_output=True).returncode:
+            return words
+    return None
+
+
+@pytest.mark.parametrize("command", [*PLANS, *HOSTILE])
+def test_docker_compose_reads_the_plans_words_and_nothing_else(command: str, tmp_path: Path) -> None:
+    """It needs no Docker engine for that."""
+    program = compose_program()
+    if program is None:
         pytest.skip("docker compose is not installed; the files' YAML and structure are tested without it")
-    plan = plan_of(*shlex.split(PLANS[0]))
-    (tmp_path / "compose.yaml").write_text(render_compose(plan)["compose.yaml"])
-    subprocess.run(["docker", "compose", "config", "--quiet"], cwd=tmp_path, check=True, timeout=60)
+    plan = hostile_plan(tmp_path, command) if command in HOSTILE else plan_of(*shlex.split(command))
+    found = {}
+    for number, (name, text) in enumerate(render_compose(plan).items()):
+        if name.endswith(".yaml"):
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            (folder / "compose.yaml").write_text(text)
+            config = [*program, "--file", "compose.yaml", "config"]
+            done = subprocess.run(config, cwd=folder, capture_output=True, text=True, timeout=60)
+            assert done.returncode == 0, f"{name}: {done.stderr}"
+            found |= yaml.safe_load(done.stdout)["services"]
+    assert set(found) == {server.name for server in plan.processes}
+    for server in plan.processes:
+        assert [interpolated(word) for word in found[server.name]["entrypoint"]] == list(server.command)
 
 
 class Stand(BaseHTTPRequestHandler):
