@@ -56,6 +56,12 @@ class Roster:
         member = self.base.member
         return member is not None and member.page.sequence != roll.sequence
 
+    @property
+    def outside(self) -> bool:
+        """Whether this process takes no part, by the newest view."""
+        member = self.base.member
+        return member is not None and not member.page.takes_part(self.base.rank, self.base.incarnation)
+
     def roll(self) -> Roll:
         """Of the newest view. Raises ExcludedFromView if this process takes no part."""
         member = self.base.member

@@ -15,7 +15,7 @@ one, so that nobody goes on there. If a rank failed, the operation fails instead
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +33,8 @@ _STAMP = (1 << 63) - 1  # without the bit of entries that were withdrawn
 MOST_ROUNDS = (1 << ROUND_BITS) - 2
 #: Once a rank has given up for a reason of its own, the others look this long for what that may have been.
 _REASON_S = 1.0
+#: What a rank of another host has written, or is about to write, is there after so long.
+_UNDER_WAY_S = 1.0
 
 
 class Moved(Exception):
@@ -312,7 +314,7 @@ class Call:
         if the view is the same after all."""
         board = self.board
         board.withdraw(self._turn, self._stamp)
-        if board.has_been(self._places, self._turn, np.array(self._entry, dtype=np.uint64)):
+        if (yield from self._all_have_entered()):
             self._flags = SETTLED
             self._entry = self._entry_of(self.roll)
             board.enter(self._turn, self._entry)
@@ -329,6 +331,17 @@ class Call:
             return
         entries = self.board.words[self._places.stamps[self._turn]].tolist()
         raise Moved([rank for rank, stamp in zip(self.others, entries, strict=True) if stamp == self._stamp])
+
+    def _all_have_entered(self) -> Generator[None, None, bool]:
+        """Whether all others have published their entries. If the new view is without this rank, somebody who has seen
+        all of them may have taken it out after this operation; then those of other hosts may be under way."""
+        entry, started = np.array(self._entry, dtype=np.uint64), time.monotonic()
+        while not self.board.has_been(self._places, self._turn, entry):
+            under_way = self._places.away and time.monotonic() - started < _UNDER_WAY_S
+            if not (under_way and self._roster.outside):
+                return False
+            yield
+        return True
 
 
 def entered(board: Board, places: Places, epoch: int, after: int) -> int | None:

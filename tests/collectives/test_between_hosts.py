@@ -13,6 +13,7 @@ from collective_steps import init
 from elastic_steps import new_group
 from ranks import Ctx, run_ranks
 
+from moe_a2a import ExcludedFromView
 from moe_a2a.collectives import ProcessGroupMoeA2A
 from moe_a2a.collectives.board import Steps
 
@@ -95,3 +96,43 @@ def test_all_ranks_end_in_one_view_if_one_has_gone_on_before_another_one_has_see
     assert results[JOINS] == [everybody] * 6
     for rank in (FIRST, MIDDLE, LAST):
         assert results[rank] == [(7, (0, 1, 2)), *[everybody] * 6]
+
+
+def _take_out(ctx: Ctx, store: str, name: str) -> list[tuple[int, tuple[int, ...]]]:
+    """The first rank sees all entries and takes the last rank out; only then does the third one's entry come to the
+    other host."""
+    group = init(ctx, store, group=name, collective_timeout_s=10.0)
+    for _ in range(3):
+        assert _sum(group, 5) == (15, (0, 1, 2, 3))
+    ctx.barrier("begin")
+    if ctx.rank == 2:
+        board = group._group._board
+        real = board.push_entry
+
+        def push_entry(roll: Any, places: Any, turn: int) -> Steps:
+            board.push_entry = real
+            while not ctx.store.check(["it is out"]):
+                yield
+            time.sleep(0.05)
+            yield from real(roll, places, turn)
+
+        board.push_entry = push_entry
+    seen = [_sum(group, 5)]
+    if ctx.rank == 0:
+        assert group.deactivate([3]).reason == ""
+        ctx.store.set("it is out", "1")
+    if ctx.rank == 3:
+        with pytest.raises(ExcludedFromView, match="left"):
+            _sum(group, 5)
+    else:
+        seen += [_sum(group, 5) for _ in range(3)]
+    ctx.barrier("end")
+    dist.destroy_process_group()
+    return seen
+
+
+def test_who_is_taken_out_after_a_collective_ends_it_though_entries_of_other_hosts_come_late():
+    where = new_group()
+    results = run_ranks(_take_out, 4, where.store, where.group, hosts=["a", "b", "a", "b"])
+    everybody = (15, (0, 1, 2, 3))
+    assert results == [[everybody, *[(7, (0, 1, 2))] * 3]] * 3 + [[everybody]]
