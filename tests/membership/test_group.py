@@ -297,11 +297,15 @@ def test_hosts_tell_each_other_that_they_are_there_and_who_waits(url: str) -> No
         group[1].call(m.end_wait)
         assert group[2].call(m.hears, 1, False)
         heard = group[2].call(m.heard, 1)
-        os.kill(group[1].call(m.watcher_pid), signal.SIGSTOP)  # its host says nothing any more
-        time.sleep(1.0)
-        assert group[2].call(m.heard, 1) < time.monotonic() - 0.5
-        assert group[2].call(m.heard, 0) > heard
-        assert group[2].call(m.active)[1] == (0, 1, 2), "that alone is no reason to give a rank up"
+        silent = group[1].call(m.watcher_pid)
+        os.kill(silent, signal.SIGSTOP)
+        try:
+            time.sleep(1.0)
+            assert group[2].call(m.heard, 1) < time.monotonic() - 0.5
+            assert group[2].call(m.heard, 0) > heard
+            assert group[2].call(m.active)[1] == (0, 1, 2), "that alone is no reason to give a rank up"
+        finally:
+            os.kill(silent, signal.SIGCONT)
 
 
 def test_a_rank_that_is_closed_leaves_in_order(url: str) -> None:
