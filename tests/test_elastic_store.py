@@ -86,9 +86,9 @@ def test_rows_that_a_rank_left_before_it_died_are_not_missing_until_its_sums_are
         assert [step.missing for step in made if step.number >= LOST - 1] == [[]] + [[victim]] * (len(made) - LOST + 1)
 
 
-def _late(ctx: Ctx, where: Where, store_pid: int, victim: int) -> list[Made] | tuple[list[int], list[int]]:
-    """One rank sleeps between the records of a step and the copy of its rows, until the others have gone on without it
-    and have used their memory again."""
+def _late(ctx: Ctx, where: Where, store_pid: int, victim: int, read: str) -> list[Made] | tuple[list[int], list[int]]:
+    """One rank sleeps between the records of a step and the copy of its tables or rows, until the others have gone on
+    without it and have used their memory again."""
     with elastic_a2a(ctx, where, ctx.world, timeout_s=1.0) as a2a:
         others = [rank for rank in range(ctx.world) if rank != victim]
 
@@ -104,14 +104,15 @@ def _late(ctx: Ctx, where: Where, store_pid: int, victim: int) -> list[Made] | t
                 getattr(flight, move)()
         flight = ElasticFlight(a2a)
         flight.send()
-        real = cpu_backend.receive
+        place, name = (cpu_backend, "receive") if read == "rows" else (a2a._backend._arena, "arrival")
+        real = getattr(place, name)
 
-        def sleepy(*args: object) -> object:
-            cpu_backend.receive = real
+        def sleepy(*args: object, **more: object) -> object:
+            setattr(place, name, real)
             time.sleep(3.0)
-            return real(*args)
+            return real(*args, **more)
 
-        cpu_backend.receive = sleepy
+        setattr(place, name, sleepy)
         flight.receive()
         missing = flight.missing
         flight.send_back()
@@ -119,11 +120,12 @@ def _late(ctx: Ctx, where: Where, store_pid: int, victim: int) -> list[Made] | t
         return missing, flight.missing
 
 
+@pytest.mark.parametrize("read", ["tables", "rows"])
 @pytest.mark.parametrize("hosts, victim, torn", [(1, 1, [0, 2, 3]), (2, 2, [1, 3])])
-def test_rows_that_were_overwritten_while_they_were_read_are_left_out(hosts, victim, torn):
+def test_rows_that_were_overwritten_while_they_were_read_are_left_out(hosts, victim, torn, read):
     """Those of rank 0 are in the late rank's own memory if it is on another host, and nobody has touched them."""
     where = Where(start_store(), "late")
-    results = run_ranks(_late, 4, where, serving(where.store), victim, hosts=hosts)
+    results = run_ranks(_late, 4, where, serving(where.store), victim, read, hosts=hosts)
     others = [rank for rank in range(4) if rank != victim]
     assert results[victim] == (torn, torn)
     for rank in others:

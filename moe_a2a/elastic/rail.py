@@ -15,7 +15,7 @@ import numpy as np
 
 from moe_a2a.elastic.delivery import Delivery, Work, around
 from moe_a2a.elastic.lookout import Awaited, Lookout
-from moe_a2a.elastic.shared import Spots, Where, announce, mask_of, roll_of
+from moe_a2a.elastic.shared import Spots, Where, announce, mask_of, read_arrivals, roll_of
 from moe_a2a.routing import Arrival, Contribution, bags, rank_hits
 from moe_a2a.rows import sum_rows
 from moe_a2a.step import RowFormat, Step
@@ -79,11 +79,8 @@ class ElasticRail:
         roll, slots = roll_of(step), self._arena.block(step).source_slots
         found = self._from_sources(step, self._rows.of(step, roll), "dispatch")
         step.traffic.dispatch_announced = time.monotonic_ns()
-        arrivals = []
-        for source, (record, spot) in sorted(found.items()):
-            roll.epochs[source], roll.holders[source], roll.reading[source] = record.epoch, spot.owner, spot
-            # Combine reads the tables once more, perhaps after the source has gone on without this rank.
-            arrivals.append(self._arena.arrival(step, source, record, spot.owner, slots[source].rows, keep=True))
+        arrivals = read_arrivals(self._arena, step, found, lambda source: slots[source].rows)
+        roll.holders.update((arrival.rank, found[arrival.rank][1].owner) for arrival in arrivals)
         return arrivals
 
     def send_weights(self, step: Step, weights: FloatArray) -> None:

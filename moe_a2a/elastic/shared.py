@@ -12,6 +12,7 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from moe_a2a.elastic.lookout import Awaited, Lookout
+from moe_a2a.errors import MoeA2AError
 from moe_a2a.routing import Arrival, Contribution
 from moe_a2a.step import Roll, Step
 from moe_a2a.transport.arena import Arena
@@ -75,6 +76,27 @@ def announce(arena: Arena, step: Step, kind: Kind, record: Record) -> None:
     write_record(arena.memory.bytes, at, record)
 
 
+def read_arrivals(
+    arena: Arena, step: Step, found: Mapping[int, tuple[Record, Spot]], at: Callable[[int], int]
+) -> list[Arrival]:
+    """What sources announced, at these offsets, with tables that stay as they are: combine reads them once more. A
+    source that went on without this rank before its tables were copied has not come; what was read is not believed."""
+    roll, arrivals = roll_of(step), []
+    for source, (record, spot) in sorted(found.items()):
+        arrival = None
+        try:
+            arrival = arena.arrival(step, source, record, spot.owner, at(source), keep=True)
+        except MoeA2AError:
+            if spot.stands(step.number):
+                raise
+        if arrival is None or not spot.stands(step.number):
+            roll.missing.add(source)
+            continue
+        roll.epochs[source], roll.reading[source] = record.epoch, spot
+        arrivals.append(arrival)
+    return arrivals
+
+
 class ElasticShared:
     """Transport between the ranks of one host."""
 
@@ -89,11 +111,8 @@ class ElasticShared:
         announce(arena, step, Kind.DISPATCH, arena.record(step, Kind.DISPATCH, step.tokens))
 
     def recv_dispatch(self, step: Step) -> list[Arrival]:
-        arena, at, roll = self._arena, self._arena.block(step).publish, roll_of(step)
-        records = self._wait(step, Kind.DISPATCH, "dispatch")
-        for rank, (record, spot) in records.items():
-            roll.epochs[rank], roll.reading[rank] = record.epoch, spot
-        return [arena.arrival(step, rank, record, rank, at) for rank, (record, _) in sorted(records.items())]
+        at = self._arena.block(step).publish
+        return read_arrivals(self._arena, step, self._wait(step, Kind.DISPATCH, "dispatch"), lambda source: at)
 
     def send_weights(self, step: Step, weights: FloatArray) -> None:
         arena = self._arena

@@ -130,11 +130,11 @@ class Arena:
         check_header(step, source, record, self.config.max_tokens_per_rank)
         rows, tables = record.rows, self.tables(step, record.rows)
         tokens = self._array(owner, at + tables.tokens, (rows,), np.int32)
-        if rows and (tokens.min() < 0 or tokens.max() >= record.tokens):
-            raise MoeA2AError(f"{step}: rank {source} sent token numbers outside its {record.tokens} tokens")
         ids = self._array(owner, at + tables.ids, (rows, self.config.top_k), np.int32)
         if keep:
             tokens, ids = tokens.copy(), ids.copy()
+        if rows and (tokens.min() < 0 or tokens.max() >= record.tokens):
+            raise MoeA2AError(f"{step}: rank {source} sent token numbers outside its {record.tokens} tokens")
         scales = None
         if step.row_format != RowFormat.PLAIN:
             scales = self._array(owner, at + tables.scales, (rows, self.config.groups), np.float32)
