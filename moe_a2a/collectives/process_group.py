@@ -6,6 +6,9 @@ import contextlib
 import itertools
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import Any
+
+import torch
 
 from moe_a2a.collectives.admission import Admission, Proposal
 from moe_a2a.collectives.base import Base, TorchStore, alone, enter, found
@@ -172,6 +175,13 @@ class ProcessGroupMoeA2A(TorchCalls):
 
     def _set_group_desc(self, description: str) -> None:
         self._description = description
+
+    def _get_backend(self, device: torch.device) -> Any:
+        """For batch_isend_irecv of torch 2.14, which asks whether a backend coalesces: this group is its own, and does
+        not."""
+        if device.type == "cpu":
+            return self
+        return super()._get_backend(device)
 
     def set_timeout(self, timeout: timedelta) -> None:
         """For operations that begin from now on, unless Options say otherwise."""
