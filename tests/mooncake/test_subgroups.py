@@ -30,12 +30,8 @@ def _own_slots(ctx: Ctx) -> None:
     init(ctx, pg.MooncakeBackendOptions(3, joins), 3 if joins else 2)
     both = _subgroup([0, 1, 2] if joins else [0, 1], 3, joins, mirror)
     last = _subgroup([1, 2] if joins else [1], 2, joins)
-    fixed = None
-    if joins:  # those who come may have groups among themselves, before they belong to the world
-        fixed = dist.new_group([2], backend="mooncake-cpu", use_local_synchronization=True)
     assert mirror.tolist() == ([0, 0, 1] if joins else [1, 1, 0])
     if joins:
-        assert total(1.0, fixed) == 1
         for group in (world(), both, last):
             pg.join_group(group)
     else:
@@ -72,6 +68,19 @@ def _own_slots(ctx: Ctx) -> None:
 
 def test_a_joiner_comes_to_each_subgroup_for_itself_and_is_lost_in_all():
     run(_own_slots, 3, dies=[2])
+
+
+def _among_themselves(ctx: Ctx) -> None:
+    """Two that have come, and do not belong to the world yet, have a group of their own."""
+    init(ctx, pg.MooncakeBackendOptions(4, True), 4, rank=2 + ctx.rank)
+    own = dist.new_group([2, 3], backend="mooncake-cpu", use_local_synchronization=True)
+    assert total(1.0) == 1 and total(2.0**ctx.rank, own) == 3
+    ctx.barrier("end")
+    dist.destroy_process_group()
+
+
+def test_those_who_come_may_have_groups_among_themselves_before_they_belong_to_the_world():
+    run(_among_themselves, 2)
 
 
 def _without_rank_0(ctx: Ctx) -> None:
