@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,7 @@ def write(folder: Path, config: Path = CONFIG, layers: int | None = None) -> Pat
     settings = json.loads(config.read_text())
     settings["num_hidden_layers"] = layers or settings["num_hidden_layers"]
     (folder / "config.json").write_text(json.dumps(settings, indent=2))
-    generator = torch.Generator().manual_seed(0)
-    tensors = dict(weights(settings, generator))
+    tensors = weights(settings)
     header: dict[str, Any] = {}
     end = 0
     for name, tensor in tensors.items():
@@ -46,52 +46,68 @@ def write(folder: Path, config: Path = CONFIG, layers: int | None = None) -> Pat
     return folder
 
 
-def weights(config: dict[str, Any], generator: torch.Generator) -> Iterator[tuple[str, torch.Tensor]]:
+def weights(config: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Names and tensors of a DeepSeek-V3 checkpoint with FP8 weights in blocks of 128 x 128."""
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    with ThreadPoolExecutor() as pool:  # each layer has a generator of its own
+        layers = list(pool.map(lambda number: dict(_layer(config, number)), range(config["num_hidden_layers"])))
+    hidden, vocabulary = config["hidden_size"], config["vocab_size"]
+    random = _Random(len(layers))
+    tensors = {"model.embed_tokens.weight": random.normal(vocabulary, hidden).to(torch.bfloat16)}
+    for layer in layers:
+        tensors |= layer
+    head = random.normal(vocabulary, hidden, scale=2 / math.sqrt(hidden)).to(torch.bfloat16)
+    return tensors | {"model.norm.weight": _ones(hidden), "lm_head.weight": head}
+
+
+def _layer(config: dict[str, Any], number: int) -> Iterator[tuple[str, torch.Tensor]]:
+    hidden, heads, inner = config["hidden_size"], config["num_attention_heads"], config["moe_intermediate_size"]
     nope, rope, value = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["v_head_dim"]
-    q_rank, kv_rank = config["q_lora_rank"], config["kv_lora_rank"]
+    q_rank, kv_rank, experts = config["q_lora_rank"], config["kv_lora_rank"], config["n_routed_experts"]
+    random = _Random(number)
+    layer = f"model.layers.{number}"
+    attention = f"{layer}.self_attn"
+    yield f"{layer}.input_layernorm.weight", _ones(hidden)
+    yield f"{layer}.post_attention_layernorm.weight", _ones(hidden)
+    yield f"{attention}.q_a_layernorm.weight", _ones(q_rank)
+    yield f"{attention}.kv_a_layernorm.weight", _ones(kv_rank)
+    yield from random.linear(f"{attention}.q_a_proj", q_rank, hidden)
+    yield from random.linear(f"{attention}.q_b_proj", heads * (nope + rope), q_rank)
+    yield from random.linear(f"{attention}.kv_a_proj_with_mqa", kv_rank + rope, hidden)
+    yield from random.linear(f"{attention}.kv_b_proj", heads * (nope + value), kv_rank)
+    yield from random.linear(f"{attention}.o_proj", hidden, heads * value)
+    mlp = f"{layer}.mlp"
+    if number < config["first_k_dense_replace"]:
+        yield from random.mlp(mlp, hidden, config["intermediate_size"])
+        return
+    yield f"{mlp}.gate.weight", random.normal(experts, hidden, scale=0.05).to(torch.bfloat16)
+    yield f"{mlp}.gate.e_score_correction_bias", random.normal(experts, scale=0.02)
+    yield from random.mlp(f"{mlp}.shared_experts", hidden, inner * config["n_shared_experts"])
+    for expert in range(experts):
+        yield from random.mlp(f"{mlp}.experts.{expert}", hidden, inner)
 
-    def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator) * scale
 
-    def linear(name: str, rows: int, columns: int) -> Iterator[tuple[str, torch.Tensor]]:
-        q, scales = to_blocks(normal(rows, columns, scale=1 / math.sqrt(columns)))
+class _Random:
+    """Weights from one seed."""
+
+    def __init__(self, seed: int) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def normal(self, *shape: int, scale: float = 1.0) -> torch.Tensor:
+        return torch.randn(*shape, generator=self._generator) * scale
+
+    def linear(self, name: str, rows: int, columns: int) -> Iterator[tuple[str, torch.Tensor]]:
+        q, scales = to_blocks(self.normal(rows, columns, scale=1 / math.sqrt(columns)))
         yield f"{name}.weight", q
         yield f"{name}.weight_scale_inv", scales
 
-    def norm(name: str, columns: int) -> tuple[str, torch.Tensor]:
-        return f"{name}.weight", torch.ones(columns, dtype=torch.bfloat16)
+    def mlp(self, name: str, hidden: int, inner: int) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from self.linear(f"{name}.gate_proj", inner, hidden)
+        yield from self.linear(f"{name}.up_proj", inner, hidden)
+        yield from self.linear(f"{name}.down_proj", hidden, inner)
 
-    def mlp(name: str, inner: int) -> Iterator[tuple[str, torch.Tensor]]:
-        yield from linear(f"{name}.gate_proj", inner, hidden)
-        yield from linear(f"{name}.up_proj", inner, hidden)
-        yield from linear(f"{name}.down_proj", hidden, inner)
 
-    yield "model.embed_tokens.weight", normal(config["vocab_size"], hidden).to(torch.bfloat16)
-    for number in range(config["num_hidden_layers"]):
-        layer = f"model.layers.{number}"
-        yield norm(f"{layer}.input_layernorm", hidden)
-        yield norm(f"{layer}.post_attention_layernorm", hidden)
-        attention = f"{layer}.self_attn"
-        yield from linear(f"{attention}.q_a_proj", q_rank, hidden)
-        yield norm(f"{attention}.q_a_layernorm", q_rank)
-        yield from linear(f"{attention}.q_b_proj", heads * (nope + rope), q_rank)
-        yield from linear(f"{attention}.kv_a_proj_with_mqa", kv_rank + rope, hidden)
-        yield norm(f"{attention}.kv_a_layernorm", kv_rank)
-        yield from linear(f"{attention}.kv_b_proj", heads * (nope + value), kv_rank)
-        yield from linear(f"{attention}.o_proj", hidden, heads * value)
-        if number < config["first_k_dense_replace"]:
-            yield from mlp(f"{layer}.mlp", config["intermediate_size"])
-            continue
-        inner = config["moe_intermediate_size"]
-        yield f"{layer}.mlp.gate.weight", normal(config["n_routed_experts"], hidden, scale=0.05).to(torch.bfloat16)
-        yield f"{layer}.mlp.gate.e_score_correction_bias", normal(config["n_routed_experts"], scale=0.02)
-        yield from mlp(f"{layer}.mlp.shared_experts", inner * config["n_shared_experts"])
-        for expert in range(config["n_routed_experts"]):
-            yield from mlp(f"{layer}.mlp.experts.{expert}", inner)
-    yield norm("model.norm", hidden)
-    yield "lm_head.weight", normal(config["vocab_size"], hidden, scale=2 / math.sqrt(hidden)).to(torch.bfloat16)
+def _ones(columns: int) -> torch.Tensor:
+    return torch.ones(columns, dtype=torch.bfloat16)
 
 
 def to_blocks(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

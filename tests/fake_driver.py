@@ -30,12 +30,13 @@ class FakeApi:
 
     CUresult = Result
     CUdevice_attribute = CUmemAllocationHandleType = CUmemAllocationType = Names()
-    CUmemLocationType = CUmemAccess_flags = CUmemAllocationGranularity_flags = Names()
+    CUstreamCaptureMode = CUmemLocationType = CUmemAccess_flags = CUmemAllocationGranularity_flags = Names()
 
     def __init__(self, version: int = 13000, peers: bool = True, missing: str = "none", **failures: list[str]) -> None:
         self.version, self.peers, self.missing, self.failures = version, peers, missing, failures
         self.calls: list[str] = []
         self.imported: list[bytes | int] = []
+        self.capture_mode = "CU_STREAM_CAPTURE_MODE_GLOBAL"
 
     @staticmethod
     def CUmemAllocationProp() -> SimpleNamespace:  # noqa: N802
@@ -97,6 +98,10 @@ class FakeApi:
 
     def _cuStreamCreate(self, _flags) -> str:  # noqa: N802
         return "stream"
+
+    def _cuThreadExchangeStreamCaptureMode(self, mode: str) -> str:  # noqa: N802
+        self.capture_mode, before = mode, self.capture_mode
+        return before
 
     def _cuMemcpyHtoDAsync(self, to: int, source: int, nbytes: int, _stream) -> None:  # noqa: N802
         ctypes.memmove(to, source, nbytes)  # the table is a CPU tensor here

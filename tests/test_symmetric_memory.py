@@ -21,7 +21,7 @@ from moe_a2a.transport import driver as driver_module
 from moe_a2a.transport import gpu as gpu_module
 from moe_a2a.transport.allocator import PeerHandle
 from moe_a2a.transport.device_view import part
-from moe_a2a.transport.driver import Driver, DriverError, load_api
+from moe_a2a.transport.driver import Driver, DriverError, beside_captures, load_api
 from moe_a2a.transport.exchange import Offer, map_offered
 from moe_a2a.transport.flags import FlagPage
 from moe_a2a.transport.gpu import Gpu, describe_link
@@ -99,6 +99,19 @@ def test_an_old_driver_and_a_gpu_without_virtual_memory_are_refused():
         allocator(FakeApi(missing="VIRTUAL_MEMORY"))
     with pytest.raises(ConfigError, match="no memory handles as file descriptors"):
         allocator(FakeApi(missing="POSIX_FILE"))
+
+
+def test_a_thread_s_capture_mode_is_relaxed_for_a_while_and_put_back_after_a_failure_too():
+    api = FakeApi()
+    api.capture_mode = "what it was"
+
+    def fail() -> None:
+        with beside_captures(api):
+            raise ValueError(api.capture_mode)
+
+    with pytest.raises(ValueError, match="CU_STREAM_CAPTURE_MODE_RELAXED"):
+        fail()
+    assert api.capture_mode == "what it was"
 
 
 def test_gpus_that_cannot_map_each_other_are_named_with_the_link_between_them():

@@ -5,8 +5,10 @@ Nothing else in the package calls cuda-bindings. Addresses and sizes are plain i
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
+from collections.abc import Iterator
 from typing import Any, NewType
 
 import torch
@@ -61,6 +63,28 @@ def load_api() -> Any:
     return api
 
 
+@contextlib.contextmanager
+def beside_captures(api: Any) -> Iterator[None]:
+    """Inside, this thread may make any call although other threads capture graphs: what it does is no part of these.
+    api: from `load_api`. Source: CUDA Driver API, cuThreadExchangeStreamCaptureMode."""
+    before = _call(api, "cuThreadExchangeStreamCaptureMode", api.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED)
+    try:
+        yield
+    finally:
+        _call(api, "cuThreadExchangeStreamCaptureMode", before)
+
+
+def _call(api: Any, name: str, *arguments: Any) -> Any:
+    try:
+        status, *results = getattr(api, name)(*arguments)
+    except RuntimeError as error:  # the driver has no such function
+        raise DriverError(name, "not in this driver", str(error)) from error
+    if status != api.CUresult.CUDA_SUCCESS:
+        _, text = api.cuGetErrorString(status)
+        raise DriverError(name, status.name, text.decode() if isinstance(text, bytes) else str(text))
+    return results[0] if len(results) == 1 else None
+
+
 class Driver:
     """The driver's calls on one GPU. device: with an index. api: stands in for cuda.bindings.driver."""
 
@@ -88,14 +112,7 @@ class Driver:
                 )
 
     def _call(self, name: str, *arguments: Any) -> Any:
-        try:
-            status, *results = getattr(self._api, name)(*arguments)
-        except RuntimeError as error:  # the driver has no such function
-            raise DriverError(name, "not in this driver", str(error)) from error
-        if status != self._api.CUresult.CUDA_SUCCESS:
-            _, text = self._api.cuGetErrorString(status)
-            raise DriverError(name, status.name, text.decode() if isinstance(text, bytes) else str(text))
-        return results[0] if len(results) == 1 else None
+        return _call(self._api, name, *arguments)
 
     def attribute(self, name: str) -> int:
         """A device attribute, without its prefix CU_DEVICE_ATTRIBUTE_."""

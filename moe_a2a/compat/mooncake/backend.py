@@ -41,8 +41,9 @@ class MooncakeBackend(ProcessGroupMoeA2A):
         if tensor is None:
             tensor = torch.zeros(slots, dtype=torch.int32)
         check_mirror(tensor, slots)
+        mirror = Mirror(tensor, slots, options.on_failure)
         super().__init__(store, rank, size, timeout, options, name)
-        self.mirror = Mirror(tensor, slots, options.on_failure)
+        self.mirror = mirror
         self._show()
         _groups.add(self)
 

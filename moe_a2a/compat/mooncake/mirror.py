@@ -13,6 +13,7 @@ from moe_a2a.collectives.options import OnFailure
 from moe_a2a.errors import MoeA2AError
 from moe_a2a.membership.member import Member
 from moe_a2a.membership.view import Slot, State, View
+from moe_a2a.transport.driver import beside_captures, load_api
 
 _LOOK_S = 5.0
 
@@ -25,6 +26,7 @@ class Mirror:
     """
 
     def __init__(self, tensor: torch.Tensor, slots: int, on_failure: OnFailure) -> None:
+        """Raises ConfigError if the tensor is on a GPU and cuda-bindings is not installed."""
         self.tensor = tensor
         self._places = tensor.detach().view(-1)[:slots]
         self._slots, self._on_failure = slots, on_failure
@@ -33,7 +35,10 @@ class Mirror:
         self._written: tuple[int, ...] = ()
         self._epoch = self._sequence = -1
         self._member: Member | None = None
-        self._stream: Any = torch.cuda.Stream(tensor.device) if tensor.is_cuda else None  # type: ignore[no-untyped-call]
+        self._stream: Any = None
+        if tensor.is_cuda:
+            self._api = load_api()
+            self._stream = torch.cuda.Stream(tensor.device)  # type: ignore[no-untyped-call]
 
     def show_alone(self, slot: int) -> None:
         """This process has yet to join."""
@@ -79,14 +84,17 @@ class Mirror:
 
     def _write(self, active: Sequence[bool]) -> None:
         wanted = tuple(map(int, active))
-        if wanted != self._written:
-            self._written = wanted
-            if self._stream is None:
-                self._places.copy_(torch.tensor(wanted, dtype=torch.int32))
-            else:  # a stream of its own: others may be capturing a graph on theirs
-                with torch.cuda.stream(self._stream):
-                    self._places.copy_(torch.tensor(wanted, dtype=torch.int32).pin_memory(), non_blocking=True)
+        if wanted == self._written:
+            return
+        values = torch.tensor(wanted, dtype=torch.int32)
+        if self._stream is None:
+            self._places.copy_(values)
+        else:
+            # Others, and this thread too, may be capturing a graph: so a stream of its own, and no pinned memory.
+            with beside_captures(self._api), torch.cuda.stream(self._stream):
+                self._places.copy_(values, non_blocking=True)
                 self._stream.synchronize()
+        self._written = wanted
 
     def _run(self, member: Member) -> None:
         while self._member is member and not member.closed:
