@@ -102,13 +102,21 @@ class Server:
 
     def post(self, path: str, body: dict[str, Any], timeout: float) -> Any:
         """One request; returns its JSON. Raises ServerFailed."""
+        try:
+            return json.loads(self.ask(path, body, timeout))
+        except json.JSONDecodeError as error:
+            raise ServerFailed(f"{path}: {error}") from error
+
+    def ask(self, path: str, body: dict[str, Any], timeout: float) -> bytes:
+        """One request; returns what came. Raises ServerFailed."""
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
         try:
             with urllib.request.urlopen(request, timeout=max(1.0, timeout)) as reply:
-                return json.loads(reply.read())
-        except (urllib.error.URLError, OSError, json.JSONDecodeError) as error:
+                answer: bytes = reply.read()
+                return answer
+        except (urllib.error.URLError, OSError) as error:
             text = error.read().decode(errors="replace")[:2000] if isinstance(error, urllib.error.HTTPError) else ""
             raise ServerFailed(f"{path}: {error} {text}") from error
 

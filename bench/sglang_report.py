@@ -11,7 +11,7 @@ from sglang_variants import is_exact, reference_of
 #: Answers that are compared; too long for a report.
 COMPARED = ("answers", "crowd", "crowd_again")
 _MEASURED = ("decode", "stream", "one", "prefill")
-_KEPT = ("start_s", "ready_s", "first_request_s", "in_place", "failed")
+_KEPT = ("start_s", "ready_s", "first_request_s", "in_place", "failed", "prefill_profile")
 
 
 def report(results: dict[str, dict[str, Any]], tolerance: float) -> dict[str, Any]:

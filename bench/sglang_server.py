@@ -22,7 +22,8 @@ that what changes on the machine meets all of them.
 
 The model has 2 MoE layers; --layers makes it deeper, so that the time of a step is less that of SGLang's CPU part.
 RESULTS gets results.json and logs.tar.gz. Everything ends within --budget seconds, whatever servers do. --save-caches
-writes the compiled kernels to RESULTS too, in parts, and --caches brings them back.
+writes the compiled kernels to RESULTS too, in parts, and --caches brings them back. --parts chooses what is measured;
+--profile adds what the GPUs did during one more prefill (`prefill_profile`).
 """
 
 from __future__ import annotations
@@ -36,12 +37,14 @@ import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import sglang_caches
 from sglang_load import Clients, StreamFailed, answers, crowd
 from sglang_process import Server, ServerFailed
+from sglang_profile import profile
 from sglang_report import COMPARED, report
 from sglang_setup import add_arguments, pack_logs, prepare
 from sglang_variants import VARIANTS, environment, flags, is_exact, plugin_of
@@ -107,11 +110,13 @@ def run_all(options: argparse.Namespace, model: Path, paths: list[str], end: flo
             run.finish()
             run.server.end()
         measured = [run for run in runs if run not in slow]
-        for part in (decode, stream, one, prefill):
+        for part in options.parts:
             for turn in range(1 + options.rounds):
                 for run in measured:
-                    part(run, clients, options, turn)
+                    PARTS[part](run, clients, options, turn)
         for run in measured:
+            if options.profile:
+                run.stage("prefill_profile", options.start_limit, partial(profiled, run, clients, options))
             run.finish()
         return {run.variant: run.found for run in runs}
 
@@ -146,6 +151,15 @@ def prefill(run: Run, clients: Clients, options: argparse.Namespace, turn: int) 
     _measure(run, options, "prefill", turn, lambda left: clients.prefill(run.server, *sizes, left, 10_000 * turn))
 
 
+PARTS = {"decode": decode, "stream": stream, "one": one, "prefill": prefill}
+
+
+def profiled(run: Run, clients: Clients, options: argparse.Namespace, left: float) -> dict[str, Any]:
+    folder = options.state / f"profile-{run.variant}"
+    sizes = options.prompts, options.prompt_tokens
+    return profile(run.server, folder, lambda: clients.prefill(run.server, *sizes, left, 0))
+
+
 def _measure(
     run: Run, options: argparse.Namespace, name: str, turn: int, call: Callable[[float], dict[str, Any]]
 ) -> None:
@@ -174,6 +188,8 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, state="/var/tmp/moe-a2a-sglang", start_limit=300, port=31000, rounds=5)
     parser.add_argument("--variants", default="moe-a2a,oracle,upstream,none", type=lambda text: text.split(","))
+    parser.add_argument("--parts", default=list(PARTS), type=lambda text: text.split(","))
+    parser.add_argument("--profile", action="store_true")
     parser.add_argument("--save-caches", action="store_true")
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--prompt-tokens", type=int, default=2048)
@@ -182,6 +198,8 @@ def arguments() -> argparse.Namespace:
     unknown = [name for name in options.variants if name not in VARIANTS]
     if unknown:
         parser.error(f"unknown variants {unknown}; there are {', '.join(VARIANTS)}")
+    if unknown := [name for name in options.parts if name not in PARTS]:
+        parser.error(f"unknown parts {unknown}; there are {', '.join(PARTS)}")
     return options
 
 

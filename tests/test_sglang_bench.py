@@ -22,7 +22,7 @@ BENCH = Path(__file__).resolve().parents[1] / "bench"
 # A server of this name in a folder that comes first on PYTHONPATH. It loads plug-ins' entry points only as far as their
 # log lines, answers with numbers that depend on the prompt, and has a child, as SGLang has.
 _SERVER = """
-import http.server, json, math, os, subprocess, sys, time
+import gzip, http.server, json, math, os, subprocess, sys, time
 flags = sys.argv[1:]
 port = int(flags[flags.index("--port") + 1])
 how = os.environ.get("STAND_IN", "")
@@ -44,6 +44,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(200); self.end_headers()
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if "profile" in self.path:
+            return self.profile(body)
         ids, tokens = body["input_ids"], body["sampling_params"]["max_new_tokens"]
         self.send_response(200); self.end_headers()
         if how == "hangs" and len(ids) > 1000:
@@ -66,6 +68,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
         meta = {"completion_tokens": tokens, "input_token_logprobs": lps}
         meta |= {"output_token_logprobs": out, "output_top_logprobs": top}
         self.wfile.write(json.dumps({"output_ids": [one[1] for one in out], "meta_info": meta}).encode())
+
+    def profile(self, body):
+        global folder
+        folder = body.get("output_dir") or folder
+        if self.path == "/stop_profile":
+            for rank in range(2):
+                with gzip.open(f"{folder}/1-TP-{rank}.trace.json.gz", "wt") as file:
+                    file.write(json.dumps({"traceEvents": [
+                        {"ph": "M", "name": "process_name"},
+                        {"cat": "user_annotation", "name": "step", "ts": 0, "dur": 1e6},
+                        {"cat": "kernel", "name": "void sums<float, 3>(float*)", "ts": 2000.0, "dur": 1000},
+                        {"cat": "kernel", "name": "void sums<float, 4>(float*)", "ts": 5000.0, "dur": 1000},
+                        {"cat": "gpu_memcpy", "name": "Memcpy DtoH", "ts": 5500.0, "dur": 1500},
+                    ]}))
+        self.send_response(200); self.end_headers()
+        self.wfile.write(b"no JSON")
 
 class Server(http.server.ThreadingHTTPServer):
     request_queue_size = 128
@@ -151,6 +169,15 @@ def test_variants_are_run_compared_and_measured(stand_in: Path) -> None:
     assert got["ratios"]["decode: moe-a2a / upstream"] > 0
     with tarfile.open(stand_in / "out" / "logs.tar.gz") as tar:
         assert sorted(tar.getnames()) == ["moe-a2a.log", "none.log", "oracle.log", "upstream.log"]
+
+
+def test_parts_are_chosen_and_a_prefill_is_profiled(stand_in: Path) -> None:
+    code, got = bench(stand_in, "--variants", "moe-a2a", "--parts", "prefill", "--profile")
+    ours = got["measured"]["moe-a2a"]
+    assert code == 0 and "decode" not in ours and ours["prefill"]["tokens"]["median"] == 120
+    kernels = {"sums": {"ms": 2.0, "count": 2}, "Memcpy DtoH": {"ms": 1.5, "count": 1}}
+    one = {"span_ms": 5.0, "busy_ms": 3.0, "kernels": kernels}
+    assert ours["prefill_profile"] == {"rank 0": one, "rank 1": one}
 
 
 def test_wrong_logits_are_found_and_exact_servers_are_only_compared(stand_in: Path) -> None:
