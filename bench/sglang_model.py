@@ -18,15 +18,31 @@ import torch
 
 CONFIG = Path(__file__).resolve().parents[1] / "examples" / "tiny_deepseek_v3" / "config.json"
 
+#: The sizes of DeepSeek-V3's layers, with 32 experts instead of 256.
+WIDE = {
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "n_routed_experts": 32,
+    "num_experts_per_tok": 8,
+    "n_group": 8,
+    "topk_group": 4,
+    "num_attention_heads": 128,
+    "num_key_value_heads": 128,
+    "q_lora_rank": 1536,
+}
+
 _NAMES = {torch.float8_e4m3fn: "F8_E4M3", torch.bfloat16: "BF16", torch.float32: "F32"}
 _BLOCK = 128
+#: Experts beyond these have their weights, with the rows in another order.
+_DRAWN = 16
 
 
-def write(folder: Path, config: Path = CONFIG, layers: int | None = None) -> Path:
+def write(folder: Path, config: Path = CONFIG, layers: int | None = None, wide: bool = False) -> Path:
     """Write config.json and model.safetensors into `folder`; returns it. The same bits each time. layers: another
-    number of layers than the config's."""
+    number of layers than the config's. wide: with the sizes of `WIDE`."""
     folder.mkdir(parents=True, exist_ok=True)
-    settings = json.loads(config.read_text())
+    settings = json.loads(config.read_text()) | (WIDE if wide else {})
     settings["num_hidden_layers"] = layers or settings["num_hidden_layers"]
     (folder / "config.json").write_text(json.dumps(settings, indent=2))
     tensors = weights(settings)
@@ -82,8 +98,11 @@ def _layer(config: dict[str, Any], number: int) -> Iterator[tuple[str, torch.Ten
     yield f"{mlp}.gate.weight", random.normal(experts, hidden, scale=0.05).to(torch.bfloat16)
     yield f"{mlp}.gate.e_score_correction_bias", random.normal(experts, scale=0.02)
     yield from random.mlp(f"{mlp}.shared_experts", hidden, inner * config["n_shared_experts"])
+    drawn = [list(random.mlp("", hidden, inner)) for _ in range(min(experts, _DRAWN))]
     for expert in range(experts):
-        yield from random.mlp(f"{mlp}.experts.{expert}", hidden, inner)
+        for name, weight in drawn[expert % _DRAWN]:
+            rows = expert // _DRAWN * (1 if weight.dtype is torch.float32 else _BLOCK)
+            yield f"{mlp}.experts.{expert}{name}", _turned(weight, rows)
 
 
 class _Random:
@@ -104,6 +123,10 @@ class _Random:
         yield from self.linear(f"{name}.gate_proj", inner, hidden)
         yield from self.linear(f"{name}.up_proj", inner, hidden)
         yield from self.linear(f"{name}.down_proj", hidden, inner)
+
+
+def _turned(weight: torch.Tensor, rows: int) -> torch.Tensor:
+    return weight.view(torch.uint8).roll(rows, 0).view(weight.dtype) if rows else weight
 
 
 def _ones(columns: int) -> torch.Tensor:

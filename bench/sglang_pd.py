@@ -104,7 +104,11 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     options = arguments()
     model, paths = prepare(options)
-    results: dict[str, Any] = {"layers": options.layers, "router": "mini-lb" if options.mini_lb else "sglang-router"}
+    results: dict[str, Any] = {
+        "layers": options.layers,
+        "wide": options.wide,
+        "router": "mini-lb" if options.mini_lb else "sglang-router",
+    }
     with ExitStack() as stack:
         try:
             servers = start(options, model, paths, stack)

@@ -20,7 +20,8 @@ only with -exact. Elsewhere the oracle's crowd is compared with a second one of 
 which tells how far one server's answers are from one another. Then servers are measured one at a time, in turns, so
 that what changes on the machine meets all of them.
 
-The model has 2 MoE layers; --layers makes it deeper, so that the time of a step is less that of SGLang's CPU part.
+The model has 2 MoE layers; --layers makes it deeper and --wide its layers those of DeepSeek-V3 with 32 experts, so
+that the time of a step is less that of SGLang's CPU part.
 RESULTS gets results.json and logs.tar.gz. Everything ends within --budget seconds, whatever servers do. --save-caches
 writes the compiled kernels to RESULTS too, in parts, and --caches brings them back. --parts chooses what is measured;
 --profile adds what the GPUs did during one more prefill (`prefill_profile`).
@@ -126,6 +127,8 @@ def compare(run: Run, options: argparse.Namespace) -> None:
     server = run.server
     run.stage("start_s", options.start_limit, server.wait)
     run.stage("first_request_s", options.start_limit, lambda left: _timed(lambda: crowd(server, left, 4)))
+    if not options.compare:
+        return
     run.stage("answers", options.start_limit, lambda left: answers(server, left))
     run.stage("crowd", options.start_limit, lambda left: crowd(server, left))
     run.stage("crowd_again", options.stage_limit, lambda left: crowd(server, left))
@@ -177,7 +180,7 @@ def _timed(call: Callable[[], Any]) -> float:
 
 def write(results: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     out: Path = options.out
-    summary = {"layers": options.layers, **report(results, options.tolerance)}
+    summary = {"layers": options.layers, "wide": options.wide, **report(results, options.tolerance)}
     (out / "results.json").write_text(json.dumps(summary, indent=1))
     (out / "answers.json").write_text(json.dumps({v: {p: f.get(p) for p in COMPARED} for v, f in results.items()}))
     pack_logs(options)
@@ -189,6 +192,7 @@ def arguments() -> argparse.Namespace:
     add_arguments(parser, state="/var/tmp/moe-a2a-sglang", start_limit=300, port=31000, rounds=5)
     parser.add_argument("--variants", default="moe-a2a,oracle,upstream,none", type=lambda text: text.split(","))
     parser.add_argument("--parts", default=list(PARTS), type=lambda text: text.split(","))
+    parser.add_argument("--no-compare", dest="compare", action="store_false")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--save-caches", action="store_true")
     parser.add_argument("--prompts", type=int, default=32)

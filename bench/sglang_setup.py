@@ -17,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, state: str, start_limit: f
     parser.add_argument("--state", type=Path, default=Path(state), help="for the model and logs")
     parser.add_argument("--site", help="a folder with SGLang, for PYTHONPATH")
     parser.add_argument("--layers", type=int, default=3, help="of the model; the first one has no experts")
+    parser.add_argument("--wide", action="store_true", help="layers of DeepSeek-V3's sizes, with 32 experts")
     parser.add_argument("--budget", type=float, default=560, help="seconds for everything")
     parser.add_argument(
         "--start-limit", type=float, default=start_limit, help="seconds for a start, and for what compiles"
@@ -37,11 +38,11 @@ def prepare(options: argparse.Namespace) -> tuple[Path, list[str]]:
     alarm.start()
     for folder in (options.state, options.out):
         folder.mkdir(parents=True, exist_ok=True)
-    model: Path = options.state / f"model-{options.layers}"
+    model: Path = options.state / f"model-{options.layers}{'-wide' * options.wide}"
     if not (model / "model.safetensors").is_file():
         import sglang_model  # imports torch, and the processes that send requests import this file
 
-        sglang_model.write(model, layers=options.layers)
+        sglang_model.write(model, layers=options.layers, wide=options.wide)
     if options.caches:
         sglang_caches.restore(options.caches)
     return model, [str(make_site(options.state / "site")), *([options.site] if options.site else [])]

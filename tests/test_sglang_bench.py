@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import sglang_caches
 import sglang_model
+import torch
 from sglang_compare import compare
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
@@ -36,6 +37,21 @@ if how == "dies":
     sys.exit("CUDA error: out of everything")
 if how == "sleeps":
     time.sleep(600)
+
+def launch(number, name, ts, dur):
+    return [
+        {"cat": "kernel", "name": name, "ts": 2000.0 + ts, "dur": dur, "args": {"correlation": number}},
+        {"cat": "cuda_runtime", "name": "cudaLaunchKernel", "ts": ts, "dur": 7, "args": {"correlation": number}},
+    ]
+
+trace = [
+    {"ph": "M", "name": "process_name"},
+    {"cat": "user_annotation", "name": "step", "ts": 0, "dur": 1e6},
+    {"cat": "cuda_runtime", "name": "cudaEventSynchronize", "ts": 1500.0, "dur": 0.5, "args": {}},
+    *launch(1, "void _fwd_kernel<float, 3>(float*)", 1000.0, 1000),
+    *launch(2, "Memcpy DtoH", 1600.0, 500),
+    *launch(3, "void _fwd_kernel<float, 4>(float*)", 3000.0, 1000),
+]
 
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.0"
@@ -75,13 +91,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.path == "/stop_profile":
             for rank in range(2):
                 with gzip.open(f"{folder}/1-TP-{rank}.trace.json.gz", "wt") as file:
-                    file.write(json.dumps({"traceEvents": [
-                        {"ph": "M", "name": "process_name"},
-                        {"cat": "user_annotation", "name": "step", "ts": 0, "dur": 1e6},
-                        {"cat": "kernel", "name": "void sums<float, 3>(float*)", "ts": 2000.0, "dur": 1000},
-                        {"cat": "kernel", "name": "void sums<float, 4>(float*)", "ts": 5000.0, "dur": 1000},
-                        {"cat": "gpu_memcpy", "name": "Memcpy DtoH", "ts": 5500.0, "dur": 1500},
-                    ]}))
+                    file.write(json.dumps({"traceEvents": trace}))
         self.send_response(200); self.end_headers()
         self.wfile.write(b"no JSON")
 
@@ -175,9 +185,28 @@ def test_parts_are_chosen_and_a_prefill_is_profiled(stand_in: Path) -> None:
     code, got = bench(stand_in, "--variants", "moe-a2a", "--parts", "prefill", "--profile")
     ours = got["measured"]["moe-a2a"]
     assert code == 0 and "decode" not in ours and ours["prefill"]["tokens"]["median"] == 120
-    kernels = {"sums": {"ms": 2.0, "count": 2}, "Memcpy DtoH": {"ms": 1.5, "count": 1}}
-    one = {"span_ms": 5.0, "busy_ms": 3.0, "kernels": kernels}
+    kernels = {"_fwd_kernel": {"ms": 2.0, "count": 2}, "Memcpy DtoH": {"ms": 0.5, "count": 1}}
+    layer = [
+        {"call": "_fwd_kernel", "host_us": 0.0, "took_us": 7, "gpu_us": 1000},
+        {"call": "cudaEventSynchronize", "host_us": 500.0, "took_us": 0.5, "gpu_us": 0.0},
+        {"call": "Memcpy DtoH", "host_us": 600.0, "took_us": 7, "gpu_us": 500},
+        {"call": "_fwd_kernel", "host_us": 2000.0, "took_us": 7, "gpu_us": 1000},
+    ]
+    one = {"span_ms": 3.0, "busy_ms": 2.1, "kernels": kernels, "layer": layer}
     assert ours["prefill_profile"] == {"rank 0": one, "rank 1": one}
+
+
+def test_experts_beyond_those_drawn_are_turned_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sglang_model, "_DRAWN", 1)
+    config = json.loads(sglang_model.CONFIG.read_text()) | {"num_hidden_layers": 2, "n_routed_experts": 2}
+    tensors = sglang_model.weights(config)
+
+    def values(expert: int) -> torch.Tensor:
+        name = f"model.layers.1.mlp.experts.{expert}.up_proj.weight"
+        scales = tensors[f"{name}_scale_inv"].repeat_interleave(128, 0).repeat_interleave(128, 1)
+        return tensors[name].float() * scales
+
+    assert torch.equal(values(1), values(0).roll(128, 0)) and not torch.equal(values(1), values(0))
 
 
 def test_wrong_logits_are_found_and_exact_servers_are_only_compared(stand_in: Path) -> None:
