@@ -24,8 +24,8 @@ _SETTLE_S = 0.5
 def profile(
     server: Server, folder: Path, work: Callable[[], Any], anchor: str = "_fwd_kernel", ranks: int = 2
 ) -> dict[str, Any]:
-    """Run `work` under the profiler of a server that writes to `folder`; returns each rank's `summary` and `layer`. anchor:
-    the kernel with which a layer begins. Raises ServerFailed."""
+    """Run `work` under the profiler of a server that writes to `folder`; returns each rank's `summary` and `layer`.
+    anchor: the kernel with which a layer begins. Raises ServerFailed."""
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.trace.json.gz"):
         old.unlink()
