@@ -44,11 +44,13 @@ def rank_main(rank: int, world: int, host: str, port: int, joins: bool, pipe: Co
     )
     group = dist.group.WORLD
 
-    def add() -> bool:
-        work = dist.all_reduce(torch.ones(2), async_op=True)
+    def add() -> int:
+        """How many ranks took part; 0 if it failed."""
+        ones = torch.ones(2)
+        work = dist.all_reduce(ones, async_op=True)
         assert work is not None
         work.wait()
-        return pg.get_local_success(work)
+        return int(ones[0]) if pg.get_local_success(work) else 0
 
     if joins:
         started = time.monotonic()
@@ -66,7 +68,9 @@ def rank_main(rank: int, world: int, host: str, port: int, joins: bool, pipe: Co
             return
         if order == "add":
             pipe.send("ready")
-            pipe.send(_until_lost(add, lambda victim=given[0]: bool(pg.get_active_ranks(group)[victim])))
+            ended = _until_lost(add, world - 1)
+            assert not pg.get_active_ranks(group)[given[0]]
+            pipe.send(ended)
         elif order == "activate":
             while not all(pg.get_peer_state(group, given)):
                 time.sleep(1e-3)
@@ -81,16 +85,16 @@ def rank_main(rank: int, world: int, host: str, port: int, joins: bool, pipe: Co
             pipe.send(time.monotonic() - started)
 
 
-def _until_lost(add: Any, there: Any) -> tuple[float, float]:
-    """Operations until one has ended right without the victim. Returns when the one that failed ended (0.0 if none did
-    here), and when that one did."""
+def _until_lost(add: Any, left: int) -> tuple[float, float]:
+    """Operations until one has ended right with so many ranks. Returns when the one that failed ended (0.0 if none did
+    here: a rank that had got everything before has ended it right, while others could not), and when that one did."""
     failed = 0.0
     while True:
-        right = add()
+        ranks = add()
         now = time.monotonic()
-        if not right:
+        if not ranks:
             failed = now
-        elif not there():
+        elif ranks == left:
             return failed, now
 
 
