@@ -94,13 +94,12 @@ def serve(listen: str, idle_s: float, in_background: bool) -> None:
 
 
 def _until_unused(port: int, idle_s: float, stop: int) -> None:
-    own = connections(port)  # torch's own client
     last_used, allowed = time.monotonic(), max(FIRST_S, idle_s)
     while True:
         ready, _, _ = select.select([stop], [], [], _LOOK_S)
         if ready:
             return
-        if connections(port) > own:
+        if users(port):
             last_used, allowed = time.monotonic(), idle_s
         elif idle_s and time.monotonic() - last_used > allowed:
             return
@@ -120,17 +119,39 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def connections(port: int) -> int:
-    """TCP connections that this machine's network namespace has to a local port, from the kernel's table."""
-    count = 0
+def users(port: int) -> int:
+    """TCP connections that other processes of this machine's network namespace, and other machines, have to a local
+    port, from the kernel's table. This process's own do not count, whenever they were made: torch's store connects to
+    itself, and a user may have come before that."""
+    served, ours = 0, 0
+    own = _own_sockets()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         with contextlib.suppress(FileNotFoundError), open(table, encoding="ascii") as lines:
             next(lines)
             for line in lines:
-                fields = line.split()
-                if fields[3] == _ESTABLISHED and int(fields[1].rpartition(":")[2], 16) == port:
-                    count += 1
-    return count
+                _, local, remote, state, *_, inode = line.split()[:10]
+                if state != _ESTABLISHED:
+                    continue
+                if _port(local) == port:
+                    served += 1
+                elif _port(remote) == port and inode in own:
+                    ours += 1
+    return served - ours
+
+
+def _port(address: str) -> int:
+    return int(address.rpartition(":")[2], 16)
+
+
+def _own_sockets() -> set[str]:
+    """Inodes of this process's sockets."""
+    inodes = set()
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            kind, _, inode = os.readlink(f"/proc/self/fd/{fd}").partition(":")
+            if kind == "socket":
+                inodes.add(inode.strip("[]"))
+    return inodes
 
 
 def is_loopback(host: str) -> bool:

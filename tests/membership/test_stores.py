@@ -6,6 +6,7 @@ import multiprocessing as mp
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -273,6 +274,33 @@ def test_a_store_outlives_the_process_that_started_it_and_ends_with_its_last_use
     assert store.get() is None, "it ended while it was in use"
     store.close()
     assert gone(pid, 6.0), "it stayed after its last user had gone"
+
+
+def test_a_user_who_came_before_the_store_was_ready_is_one() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "moe_a2a.cli", "store", "--listen", f"127.0.0.1:{port}", "--idle", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        early = socket.socket()
+        try:
+            deadline = time.monotonic() + 30
+            while early.connect_ex(("127.0.0.1", port)) != 0:  # it listens a while before it serves
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.001)
+            url = f"tcp://127.0.0.1:{port}"
+            assert process.stdout is not None and process.stdout.readline().decode().strip() == url
+            open_store(url, "g").close()  # from now on it ends a second after its last user
+            late = socket.create_connection(("127.0.0.1", port))
+            time.sleep(0.7)
+            late.close()
+            time.sleep(2.5)
+            assert process.poll() is None, "it ended while it was in use"
+            early.close()
+            assert process.wait(6.0) == 0
+        finally:
+            early.close()
+            process.kill()
 
 
 def test_a_store_ends_on_a_signal() -> None:
