@@ -21,7 +21,7 @@ from moe_a2a.membership.daemon import detach, log_file, settle
 IDLE_S = 10.0
 FIRST_S = 60.0
 _LOOK_S = 0.5
-_ESTABLISHED = "01"
+_ESTABLISHED = " 01 "
 _BACKLOG = 1024
 
 
@@ -129,9 +129,9 @@ def users(port: int) -> int:
         with contextlib.suppress(FileNotFoundError), open(table, encoding="ascii") as lines:
             next(lines)
             for line in lines:
-                _, local, remote, state, *_, inode = line.split()[:10]
-                if state != _ESTABLISHED:
+                if _ESTABLISHED not in line:  # most are of connections that have ended
                     continue
+                _, local, remote, *_, inode = line.split()[:10]
                 if _port(local) == port:
                     served += 1
                 elif _port(remote) == port and inode in own:
