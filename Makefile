@@ -21,9 +21,8 @@ setup:  ## make .venv, with the CPU builds of torch and of the Transfer Engine, 
 run: setup  ## a DeepSeek-V3 model on 4 CPU ranks as 2 hosts, then dispatch and combine against gloo
 	@$(BIN)/python examples/run.py
 
-test: lint types  ## ruff, mypy --strict, pytest: on all cores what only computes, then the rest
-	@$(BIN)/python -m pytest $(PYTEST_FLAGS) -m compute -n auto --maxprocesses 8
-	@$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not compute"
+test: lint types  ## ruff, mypy --strict, pytest, two files at a time
+	@$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_FLAGS)
 
 test-gpu:  ## the tests that need CUDA GPUs, with $(PYTHON) and the CUDA build of torch that it has
 	@PYTHONPATH=. $(PYTHON) -m pytest $(PYTEST_FLAGS) tests/gpu

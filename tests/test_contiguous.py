@@ -38,13 +38,9 @@ from moe_a2a.step import Phase
 from moe_a2a.virtual import VirtualGroup
 from moe_a2a.workload import Inputs
 
-pytestmark = [
-    pytest.mark.compute,
-    pytest.mark.skipif(
-        not triton.knobs.runtime.interpret,
-        reason="Triton was imported to compile in this process; run without tests/gpu",
-    ),
-]
+pytestmark = pytest.mark.skipif(
+    not triton.knobs.runtime.interpret, reason="Triton was imported to compile in this process; run without tests/gpu"
+)
 
 
 def group_of(ranks: int, *, tokens: int = 5, **options: Any) -> VirtualGroup:

@@ -17,13 +17,9 @@ from moe_a2a.compat import normal_tables as torch_code
 from moe_a2a.gpu.layout import Layout
 from moe_a2a.kernels import normal_tables as kernels
 
-pytestmark = [
-    pytest.mark.compute,
-    pytest.mark.skipif(
-        not triton.knobs.runtime.interpret,
-        reason="Triton was imported to compile in this process; run without tests/gpu",
-    ),
-]
+pytestmark = pytest.mark.skipif(
+    not triton.knobs.runtime.interpret, reason="Triton was imported to compile in this process; run without tests/gpu"
+)
 
 
 @pytest.fixture(autouse=True)
