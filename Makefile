@@ -21,8 +21,9 @@ setup:  ## make .venv, with the CPU builds of torch and of the Transfer Engine, 
 run: setup  ## a DeepSeek-V3 model on 4 CPU ranks as 2 hosts, then dispatch and combine against gloo
 	@$(BIN)/python examples/run.py
 
-test: lint types  ## ruff, mypy --strict, pytest, two files at a time
-	@$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_FLAGS)
+test: lint types  ## ruff, mypy --strict, pytest: two files at a time, then what needs the machine to itself
+	@$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not alone" -n 2 --dist loadfile
+	@$(BIN)/python -m pytest $(PYTEST_FLAGS) -m alone
 
 test-gpu:  ## the tests that need CUDA GPUs, with $(PYTHON) and the CUDA build of torch that it has
 	@PYTHONPATH=. $(PYTHON) -m pytest $(PYTEST_FLAGS) tests/gpu

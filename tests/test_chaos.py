@@ -24,6 +24,8 @@ from moe_a2a.chaos.tally import Tally
 from moe_a2a.cli import main
 from moe_a2a.errors import ConfigError
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).resolve().parent.parent
 NO_NETWORK = why_not()
 

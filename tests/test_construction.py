@@ -27,6 +27,8 @@ from moe_a2a.bootstrap import StoreBootstrap
 from moe_a2a.transport import engine
 from moe_a2a.transport.engine import Engine
 
+pytestmark = pytest.mark.alone
+
 CASE = Case(experts=24, hidden=128)
 CONFIG = CASE.config()
 

@@ -60,6 +60,7 @@ def run_program(ctx: Ctx, source: str, page: str) -> None:
     exec(compile(source, page, "exec"), {"__name__": "__main__"})
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("page", [page for page in PAGES if program(page)[0]], ids=name)
 def test_snippets_run(page: Path) -> None:
     source, ranks = program(page)

@@ -334,6 +334,7 @@ def _late(ctx: Ctx) -> None:
     a2a.close()
 
 
+@pytest.mark.alone
 def test_a_rank_that_does_not_come_is_missing_and_all_are_told(pool: RankPool) -> None:
     pool.call(_late)
 
@@ -458,6 +459,7 @@ def _late_for_a_round(ctx: Ctx) -> None:
     a2a.close()
 
 
+@pytest.mark.alone
 def test_a_rank_that_does_not_come_to_a_round_is_missing(pool: RankPool) -> None:
     pool.call(_late_for_a_round)
 
@@ -524,5 +526,6 @@ def _death(ctx: Ctx) -> None:
     a2a.close()
 
 
+@pytest.mark.alone
 def test_a_rank_that_dies_is_named_long_before_the_budget_ends() -> None:
     run_ranks(_death, 2, dies=[1])

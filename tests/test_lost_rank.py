@@ -13,6 +13,8 @@ from steps import Case, Flight, run_step
 
 from moe_a2a import AllToAll, HandleError, RankLost
 
+pytestmark = pytest.mark.alone
+
 TIMEOUT_S = 3.0
 # Only time-outs tell of a hang, each stage's before the next one's: ranks must not differ by more than a stage.
 HANG_TIMEOUT_S = 6.0

@@ -236,6 +236,7 @@ def test_origins_by_source_are_a_range_of_rows_for_each_rank(ranks: int, fp8: Sc
         steps.number += 1
 
 
+@pytest.mark.alone
 def test_wait_times_name_the_rank_that_is_slow() -> None:
     group = group_of(3, timeout_s=1.0, experts=6)
     (one, two, _), inputs = group.ranks, make_inputs(group.config, 0, 0, [3, 2, 1])

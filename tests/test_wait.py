@@ -19,6 +19,8 @@ from moe_a2a.transport.progress import Progress
 from moe_a2a.transport.wait import Watch, named, wait_for, wait_tasks
 from moe_a2a.transport.wire import Kind, Record, Status
 
+pytestmark = pytest.mark.alone
+
 OK = Record(Kind.DISPATCH, 1, 1)
 
 

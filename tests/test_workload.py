@@ -109,6 +109,7 @@ def test_ranks_and_steps_agree_on_the_hot_experts_and_seeds_do_not() -> None:
     assert hottest(0, 0, 0) != hottest(1, 0, 0)
 
 
+@pytest.mark.alone
 def test_a_large_batch_is_generated_fast() -> None:
     make_routing(0, 0, 0, 8, 256, 8, "zipf")
     start = time.perf_counter()

@@ -12,8 +12,11 @@ import signal
 import time
 
 import members as m
+import pytest
 from members import Group, Refused
 from stores import serving
+
+pytestmark = pytest.mark.alone
 
 EVENTS = int(os.environ.get("MOE_A2A_SOAK_EVENTS", "12"))
 RANKS, HOSTS = 6, 3

@@ -82,6 +82,7 @@ def test_groups_of_one_store_do_not_see_each_other(url: str, group: str) -> None
     assert other.get() is None and other.find("name") is None and one.find("name") == b"\x00value"
 
 
+@pytest.mark.alone
 def test_a_watch_ends_with_the_newest_view_or_with_its_time(url: str, group: str) -> None:
     store, watching = open_store(url, group), open_store(url, group)
     found: list[View | None] = []
@@ -205,6 +206,7 @@ def test_an_address_that_is_none_is_refused() -> None:
         start_store("192.0.2.1:0")
 
 
+@pytest.mark.alone
 def test_a_store_that_is_not_there_is_away() -> None:
     started = time.monotonic()
     for scheme in ("tcp", "etcd"):
@@ -213,6 +215,7 @@ def test_a_store_that_is_not_there_is_away() -> None:
     assert time.monotonic() - started < 5
 
 
+@pytest.mark.alone
 def test_a_tcp_store_that_hangs_is_away_and_comes_back() -> None:
     with tcp() as url:
         store = open_store(url, "g")

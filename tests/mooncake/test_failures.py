@@ -15,6 +15,8 @@ from ranks import Ctx
 from moe_a2a import ExcludedFromView
 from moe_a2a.compat.mooncake import pg
 
+pytestmark = pytest.mark.alone
+
 
 def _sum(value: float) -> tuple[float, Any]:
     tensor = torch.tensor([value])
