@@ -169,15 +169,13 @@ class ElasticBackend(CpuBackend):
     def _finish(self, step: Step) -> None:
         roll, pause, lookout = roll_of(step), Pause(), self._group.lookout
         if step.tasks:
-            began = time.monotonic()
             with self._meeting.watch.driving() as drive:
                 while not all(task.done for task in step.tasks):
                     if drive():
                         pause.reset()
                     else:
                         pause.rest()
-                        lookout.begin_wait(began)
-            lookout.end_wait()
+                        lookout.say_that_it_waits()
         roll.missing.update(roll.incarnations.keys() - roll.returned - roll.left)
         step.phase = Phase.DONE
         self._open[step.channel].remove(step)

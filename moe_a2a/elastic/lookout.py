@@ -16,13 +16,12 @@ from moe_a2a.transport.wait import CHECK_EVERY_S, Pause
 from moe_a2a.transport.wire import Record, Spot
 
 K = TypeVar("K", bound=Hashable)
-#: What a rank or its host said of itself is believed for so long.
+#: What a rank or its host said of itself is believed for so many seconds.
 _FRESH_S = 0.7
 #: Share of the time-out: a host that has not been heard of for so long has vanished, once one of its ranks is missing.
 _SILENT_SHARE = 0.4
-#: The same for a rank that waits itself. It is excused for so long from its own wait's beginning, because that may last
-#: for the whole time-out, and from the beginning of the wait for it.
-_OWN_WAIT_SHARE, _LONGEST_SHARE = 1.1, 1.25
+#: The same for a rank that waits itself, from the beginning of the wait for it.
+_LONGEST_SHARE = 1.25
 #: Tells the group that a process failed: rank, incarnation, evidence.
 Accuse = Callable[[int, int, str], None]
 
@@ -128,20 +127,18 @@ class Lookout:
                 self._members.clear()
                 self._tell(other, incarnation, evidence if other == rank else f"its host is silent, and {evidence}")
 
-    def begin_wait(self, since: float) -> None:
-        """Let the others know that this rank itself waits. since: time.monotonic()."""
-        self._page.begin_wait(since)
+    def say_that_it_waits(self) -> None:
+        """Let the others know that this rank itself waits."""
+        self._page.say_that_it_waits()
 
-    def end_wait(self) -> None:
-        self._page.end_wait()
+    def waits(self, rank: int) -> bool:
+        """Whether a rank was seen to wait for others itself, just now."""
+        return time.monotonic() - self._page.waited(rank) <= _FRESH_S
 
     def excused(self, rank: int, since: float) -> bool:
-        """Whether a rank from which nothing came within a budget waits for others itself, and so may not be the one
-        that hangs. since: when this rank began to wait for it."""
-        now, waits, page = time.monotonic(), self._page.waits_since(rank), self._page
-        if not waits or now - page.heard(rank) > _FRESH_S:
-            return False
-        return now < min(waits + _OWN_WAIT_SHARE * self._timeout, since + _LONGEST_SHARE * self._timeout)
+        """Whether a rank from which nothing came within a budget waits for others itself, and so is not the one that
+        hangs. since: when this rank began to wait for it; that has an end."""
+        return self.waits(rank) and time.monotonic() - since < _LONGEST_SHARE * self._timeout
 
     def check(self) -> None:
         """Raises ExcludedFromView if this rank is outside the view."""
@@ -169,14 +166,6 @@ class Lookout:
         places: where a record may come, the likeliest place first. Who sends nothing within the budget is accused, and
         who waits himself gets a little longer. Raises ExcludedFromView if this rank itself is outside.
         """
-        try:
-            return self._wait(step, places, budget_s, what, about)
-        finally:
-            self.end_wait()
-
-    def _wait(
-        self, step: Step, places: Mapping[K, Sequence[Spot]], budget_s: float, what: str, about: Callable[[K], Awaited]
-    ) -> tuple[dict[K, tuple[Record, Spot]], list[K]]:
         roll, number = step.roll, step.number
         assert roll is not None
         found: dict[K, tuple[Record, Spot]] = {}
@@ -219,7 +208,7 @@ class Lookout:
                 now = time.monotonic()
                 if now - checked >= CHECK_EVERY_S:
                     checked = now
-                    self.begin_wait(started)
+                    self.say_that_it_waits()
                     self.check()
                     self.note_leavers(step)
                     for key, spots in pending.items():

@@ -204,9 +204,11 @@ class ElasticRail:
                 )
                 budget = _SOURCE_SHARE * self._timeout
                 for peer in spots.keys() - gone if now - started > budget else ():
-                    if not self._lookout.excused(peer, started):
+                    if self._lookout.excused(peer, started):
+                        continue
+                    if not self._lookout.waits(peer):  # else others make it wait, and this step does without its sums
                         self._lookout.accuse(roll, peer, f"combine of {step}: no sums for other hosts in time")
-                        gone.add(peer)
+                    gone.add(peer)
             yield
 
     # who and where

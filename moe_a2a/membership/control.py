@@ -48,12 +48,12 @@ class NewView:
 @dataclass(frozen=True)
 class Alive:
     """The sender's host is there, and these are its ranks. at: the sender's clock: what was recorded and is sent again
-    is behind; ranks: rank -> incarnation; waits: ms that a rank has been waiting for others, of those that
-    do."""
+    is behind; ranks: rank -> incarnation; waited: ms since a rank was last seen to wait for others, of
+    those that ever were."""
 
     at: int
     ranks: dict[int, int]
-    waits: dict[int, int]
+    waited: dict[int, int]
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def encode(message: Message, secret: bytes) -> bytes:
             "at": message.content.at,
             "ranks": [list(pair) for pair in message.content.ranks.items()],
         }
-        body["waits"] = [list(pair) for pair in message.content.waits.items()]
+        body["waited"] = [list(pair) for pair in message.content.waited.items()]
         return seal(encode_json(body), secret)
     body |= {"kind": "view", "view": encode_view(message.content.view).decode()}
     return seal(encode_json(body), secret)
@@ -92,7 +92,7 @@ def decode(data: bytes, secret: bytes) -> Message:
     if kind == "died":
         content = Died(incarnations(body), text(body, "note"))
     elif kind == "alive":
-        content = Alive(number(body, "at", 1), incarnations(body), incarnations(body, "waits"))
+        content = Alive(number(body, "at", 1), incarnations(body), incarnations(body, "waited"))
     elif kind == "view":
         content = NewView(decode_view(text(body, "view", MAX_MESSAGE_BYTES).encode()))
     else:

@@ -5,10 +5,10 @@ at one word, without a lock, a system call or a thread that has to be scheduled 
 the watcher dies and another one takes over.
 
 64-bit words: magic, sequence (odd while the view is being written), epoch, flags, time of the watcher's last sign of
-life, length of the view, time since when the rank itself waits for others (the rank's own word). Then, one word per
+life, length of the view, time when the rank itself last waited for others (the rank's own word). Then, one word per
 slot each: from `FIRST_SLOT` the incarnation that takes part, or 0; from `FIRST_DEAD` the one that is known to be
 dead, or 0; three words with incarnation, process id and time of start of the processes that this watcher watches, for
-the next one; the time when its host was last heard of; the time since when it waits for others. Then the view's bytes.
+the next one; the time when its host was last heard of; the time when it last waited for others. Then the view's bytes.
 Times are CLOCK_MONOTONIC in ns, 0 for never. Order of stores is x86-64's.
 """
 
@@ -134,32 +134,28 @@ class Page:
 
     @property
     def own_wait(self) -> int:
-        """Since when the rank of this page waits for others; 0 if it does not."""
+        """When the rank of this page last waited for others; 0 if never."""
         return int(self.words[_OWN_WAIT])
 
     def hear(self, ranks: Mapping[int, int]) -> None:
-        """The host of these ranks has been heard of. ranks: rank -> since when it waits for others, 0 if it does
-        not."""
+        """The host of these ranks has been heard of. ranks: rank -> when it last waited for others, 0 if never."""
         now = time.monotonic_ns()
-        for rank, since in ranks.items():
-            self.words[_FIRST_WAIT + rank] = since
+        for rank, waited in ranks.items():
+            self.words[_FIRST_WAIT + rank] = waited
             self.words[_FIRST_HEARD + rank] = now
 
     # the rank's side
 
-    def begin_wait(self, since: float) -> None:
-        """Say that this rank waits for others. since: time.monotonic()."""
-        self.words[_OWN_WAIT] = int(since * 1e9)
-
-    def end_wait(self) -> None:
-        self.words[_OWN_WAIT] = 0
+    def say_that_it_waits(self) -> None:
+        """Of this rank, for others: to be said again and again, for it is believed only for a moment."""
+        self.words[_OWN_WAIT] = time.monotonic_ns()
 
     def heard(self, rank: int) -> float:
         """When the host of a rank was last heard of, time.monotonic(); 0 if never."""
         return int(self.words[_FIRST_HEARD + rank]) / 1e9
 
-    def waits_since(self, rank: int) -> float:
-        """Since when a rank waits for others, as its host last said; 0 if it does not."""
+    def waited(self, rank: int) -> float:
+        """When a rank last waited for others, as its host last said, time.monotonic(); 0 if never."""
         return int(self.words[_FIRST_WAIT + rank]) / 1e9
 
     @property

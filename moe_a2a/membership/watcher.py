@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 LINGER_S, FIRST_S = 5.0, 60.0
 BEAT_S = 0.2
 MOST_RANKS = 1024
-_LONGEST_WAIT_MS = 3_600_000
+_LONG_AGO_MS = 3_600_000
 _GONE = "its process is gone"
 
 
@@ -109,11 +109,11 @@ class Watcher:
         blamed for it, not who waits for him."""
         now = time.monotonic_ns()
         ranks = {rank.rank: rank for rank in self._ranks.values() if self._matters(rank.rank, rank.incarnation)}
-        since = {number: rank.page.own_wait for number, rank in ranks.items()}
-        self._hear_of(since)
+        waited = {number: rank.page.own_wait for number, rank in ranks.items()}
+        self._hear_of(waited)
         if ranks and self.view is not None:
-            waits = {number: max(1, (now - began) // 1_000_000) for number, began in since.items() if began}
-            alive = Alive(now, {number: rank.incarnation for number, rank in ranks.items()}, waits)
+            ago = {number: max(1, (now - last) // 1_000_000) for number, last in waited.items() if last}
+            alive = Alive(now, {number: rank.incarnation for number, rank in ranks.items()}, ago)
             self._tell(set(self.view.watchers().values()), alive)
 
     def _take_alive(self, sender: tuple[int, int], alive: Alive) -> None:
@@ -121,12 +121,12 @@ class Watcher:
             return
         self._alive[sender] = alive.at
         now = time.monotonic_ns()
-        since = {rank: now - min(ms, _LONGEST_WAIT_MS) * 1_000_000 for rank, ms in alive.waits.items()}
-        self._hear_of({rank: since.get(rank, 0) for rank, inc in alive.ranks.items() if self._matters(rank, inc)})
+        waited = {rank: now - ms * 1_000_000 for rank, ms in alive.waited.items() if ms < _LONG_AGO_MS}
+        self._hear_of({rank: waited.get(rank, 0) for rank, inc in alive.ranks.items() if self._matters(rank, inc)})
 
-    def _hear_of(self, since: Mapping[int, int]) -> None:
+    def _hear_of(self, waited: Mapping[int, int]) -> None:
         for rank in self._ranks.values():
-            rank.page.hear(since)
+            rank.page.hear(waited)
 
     def _run_posted(self) -> None:
         with contextlib.suppress(BlockingIOError):

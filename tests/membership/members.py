@@ -238,27 +238,23 @@ def view(member: Member) -> Any:
     return member.view
 
 
-def begin_wait(member: Member) -> None:
-    member.page.begin_wait(time.monotonic())
-
-
-def end_wait(member: Member) -> None:
-    member.page.end_wait()
+def say_that_it_waits(member: Member) -> None:
+    member.page.say_that_it_waits()
 
 
 def heard(member: Member, rank: int) -> float:
     return member.page.heard(rank)
 
 
-def waits(member: Member, rank: int) -> bool:
-    return member.page.waits_since(rank) > 0
+def waited(member: Member, rank: int) -> float:
+    return member.page.waited(rank)
 
 
-def hears(member: Member, rank: int, waits: bool, within_s: float = 10.0) -> bool:
-    """Whether a rank is heard of, and that it waits or does not."""
+def hears(member: Member, rank: int, after: float, within_s: float = 10.0) -> bool:
+    """Whether a rank is heard of, and that it waited after a time."""
     deadline = time.monotonic() + within_s
     while time.monotonic() < deadline:
-        if member.page.heard(rank) and (member.page.waits_since(rank) > 0) == waits:
+        if member.page.heard(rank) and member.page.waited(rank) >= after:
             return True
         time.sleep(0.01)
     return False

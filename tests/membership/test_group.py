@@ -31,6 +31,7 @@ def url() -> Iterator[str]:
         yield shared
 
 
+@pytest.mark.alone
 def test_every_survivor_masks_a_rank_that_was_killed(url: str) -> None:
     with Group(url, 4, 2) as group:
         assert [rank.call(m.active) for rank in group.members] == [(1, (0, 1, 2, 3))] * 4
@@ -292,10 +293,13 @@ def test_messages_of_strangers_and_of_old_incarnations_are_ignored(url: str) -> 
 
 def test_hosts_tell_each_other_that_they_are_there_and_who_waits(url: str) -> None:
     with Group(url, 3, 3) as group:
-        group[1].call(m.begin_wait)
-        assert group[2].call(m.hears, 1, True) and not group[2].call(m.waits, 0)
-        group[1].call(m.end_wait)
-        assert group[2].call(m.hears, 1, False)
+        for _ in range(2):
+            said = time.monotonic()
+            group[1].call(m.say_that_it_waits)
+            assert group[2].call(m.hears, 1, said - 1e-3)  # told in whole milliseconds
+            assert group[2].call(m.waited, 0) == 0
+            time.sleep(0.5)
+            assert group[2].call(m.waited, 1) < time.monotonic() - 0.3, "it has not said so again"
         heard = group[2].call(m.heard, 1)
         silent = group[1].call(m.watcher_pid)
         os.kill(silent, signal.SIGSTOP)
