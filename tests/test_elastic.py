@@ -13,6 +13,8 @@ from ranks import Ctx, host_labels, run_ranks
 
 from moe_a2a import ExcludedFromView
 
+pytestmark = pytest.mark.alone
+
 FATAL_STEP = 9
 #: A rank that dies is missed for as long as it takes until the view has masked it, on a busy machine.
 SOON_S = 3.0

@@ -23,6 +23,8 @@ from moe_a2a.membership.member import MemberOptions
 from moe_a2a.membership.store import open_store
 from moe_a2a.membership.view import LIFE, mark_failed, reborn
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
@@ -31,7 +33,6 @@ def url() -> Iterator[str]:
         yield shared
 
 
-@pytest.mark.alone
 def test_every_survivor_masks_a_rank_that_was_killed(url: str) -> None:
     with Group(url, 4, 2) as group:
         assert [rank.call(m.active) for rank in group.members] == [(1, (0, 1, 2, 3))] * 4
