@@ -48,8 +48,8 @@ class NewView:
 @dataclass(frozen=True)
 class Alive:
     """The sender's host is there, and these are its ranks. at: the sender's clock: what was recorded and is sent again
-    is behind; ranks: rank -> incarnation; waited: ms since a rank was last seen to wait for others, of
-    those that ever were."""
+    is behind; ranks: rank -> incarnation; waited: ms since a rank was last seen to wait for others, of those that ever
+    were."""
 
     at: int
     ranks: dict[int, int]
